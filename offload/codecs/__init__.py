@@ -1,0 +1,8 @@
+"""One codec a file; `base.py` has the contract. A new codec is a new file and one name in `DEFAULT_CODECS`."""
+
+from offload.codecs.base import Codec
+from offload.codecs.bits import Bits
+from offload.codecs.keyed import Keyed
+from offload.codecs.rows import Rows
+
+DEFAULT_CODECS: tuple[Codec, ...] = (Keyed(), Bits(), Rows())

@@ -1,0 +1,72 @@
+"""The contract of a codec: bytes in, a smaller payload out, and the same bytes back."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offload.codecs.index_list import IndexLists
+
+_LANES = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+
+
+@dataclass(frozen=True)
+class Block:
+    """The bytes to encode, as they lie on their storage.
+
+    `flat` is uint8 `[num_bytes]` and belongs to the saved tensor: a payload must not keep it. A scalar is `item_bytes` wide, a row
+    `row_items` scalars.
+    """
+
+    flat: Tensor
+    item_bytes: int
+    row_items: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the block."""
+        return self.flat.numel()
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.item_bytes * self.row_items
+
+    def lanes(self, width_bytes: int) -> Tensor | None:
+        """Return the block as integers `[num_bytes / width_bytes, L]`, a row for each `width_bytes`, or None if they do not divide."""
+        if self.num_bytes == 0 or self.num_bytes % width_bytes:
+            return None
+        lane_bytes = next(size for size in _LANES if width_bytes % size == 0)
+        return self.flat.view(_LANES[lane_bytes]).view(-1, width_bytes // lane_bytes)
+
+
+class Payload(ABC):
+    """Encoded bytes. Owned by one entry's content; its end frees them."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes that this payload owns alone: tables, indices, headers, padding (Law 7)."""
+
+    @abstractmethod
+    def decode(self) -> Tensor:
+        """Return the block's bytes, uint8 `[num_bytes]`, in a storage of their own; any number of times (Law 3)."""
+
+
+class Codec(ABC):
+    """A lossless way to hold a block in fewer bytes. Stateless: what codecs share lives in the store's index lists."""
+
+    __slots__ = ()
+
+    name: str
+
+    @abstractmethod
+    def estimate_bytes(self, block: Block, *, limit_bytes: int, lists: IndexLists) -> int | None:
+        """Return about how many bytes the payload would take, from a sample, or None when it looks more than `limit_bytes`."""
+
+    @abstractmethod
+    def encode(self, block: Block, *, limit_bytes: int, lists: IndexLists) -> Payload | None:
+        """Return the payload, or None when it cannot be had within `limit_bytes`."""

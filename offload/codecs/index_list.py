@@ -1,0 +1,66 @@
+"""Packed lists of row numbers, kept once and shared by every payload whose rows they number."""
+
+import weakref
+
+import torch
+import xxhash
+from torch import Tensor
+
+from offload.codecs.packing import bits_for, pack, packed_bytes, unpack
+from offload.stats import Charge, Ledger
+
+_NUM_KEYS_TRIED = 4
+
+
+class IndexList:
+    """For each of N rows the number of its distinct row, packed. Owned by the payloads that use it, with its charge."""
+
+    __slots__ = ("__weakref__", "_bits", "_charge", "_packed", "first", "num_rows")
+
+    def __init__(self, packed: Tensor, *, bits: int, num_rows: int, first: Tensor, charge: Charge) -> None:
+        self._packed = packed
+        self._bits = bits
+        self._charge = charge
+        self.num_rows = num_rows
+        self.first = first
+
+    @property
+    def device(self) -> torch.device:
+        """Where the list lies."""
+        return self._packed.device
+
+    def numbers(self) -> Tensor:
+        """Return the list, int32 `[num_rows]`, with values below `len(first)`."""
+        return unpack(self._packed, bits=self._bits, num_items=self.num_rows)
+
+
+class IndexLists:
+    """The living index lists of a store, found by content or by length. Holds them weakly."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._by_content: weakref.WeakValueDictionary[tuple[bytes, int, int, torch.device], IndexList] = (
+            weakref.WeakValueDictionary()
+        )
+
+    def keep(self, index: Tensor, *, first: Tensor) -> IndexList:
+        """Return the living list equal to `index`, int32 `[N]`, or a new one; `first`, int32 `[R]`, is where each number stands."""
+        bits = bits_for(first.numel())
+        packed = pack(index, bits=bits)
+        key = (xxhash.xxh3_128_digest(packed.cpu().numpy()), bits, index.numel(), index.device)
+        found = self._by_content.get(key)
+        if found is None:
+            charge = self._ledger.charge(packed.nbytes + first.nbytes)
+            found = IndexList(packed, bits=bits, num_rows=index.numel(), first=first, charge=charge)
+            self._by_content[key] = found
+        return found
+
+    def keys(self, num_rows: int, device: torch.device) -> list[IndexList]:
+        """Return the youngest living lists with `num_rows` rows on `device`, to try as the key of a new block."""
+        living = [each for each in self._by_content.values() if each.num_rows == num_rows and each.device == device]
+        return living[: -_NUM_KEYS_TRIED - 1 : -1]
+
+
+def list_bytes(num_rows: int, num_distinct: int) -> int:
+    """Return the bytes of an index list of `num_rows` rows, `num_distinct` of them distinct."""
+    return packed_bytes(num_rows, bits_for(num_distinct)) + 4 * num_distinct

@@ -1,0 +1,40 @@
+"""The bytes as they are: a copy of the store's own, for when a tensor may not be kept by reference."""
+
+from torch import Tensor
+
+from offload.codecs.base import Block, Codec, Payload
+from offload.codecs.index_list import IndexLists
+
+
+class Raw(Codec):
+    """A plain copy. Never wins, so it is only used where a copy is needed."""
+
+    __slots__ = ()
+
+    name = "raw"
+
+    def estimate_bytes(self, block: Block, *, limit_bytes: int, lists: IndexLists) -> int | None:
+        """Return the block's own size, or None above the limit."""
+        return block.num_bytes if block.num_bytes <= limit_bytes else None
+
+    def encode(self, block: Block, *, limit_bytes: int, lists: IndexLists) -> Payload | None:
+        """Return a copy, or None above the limit."""
+        return RawPayload(block.flat.clone()) if block.num_bytes <= limit_bytes else None
+
+
+class RawPayload(Payload):
+    """A copy of a block."""
+
+    __slots__ = ("_flat",)
+
+    def __init__(self, flat: Tensor) -> None:
+        self._flat = flat
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the copy."""
+        return self._flat.numel()
+
+    def decode(self) -> Tensor:
+        """Return a copy of the copy: what autograd gets may be written to."""
+        return self._flat.clone()

@@ -1,0 +1,56 @@
+"""A table of distinct rows and the list that says which row stands where: what bits, rows and keyed all make."""
+
+import torch
+from torch import Tensor
+
+from offload.codecs.base import Block, Payload
+from offload.codecs.distinct import MAX_DISTINCT, number_rows, sample_distinct
+from offload.codecs.index_list import IndexList, IndexLists, list_bytes
+
+
+class TablePayload(Payload):
+    """A table of distinct rows, `[R, L]`, owned here, and an index list, shared."""
+
+    __slots__ = ("_index", "_table")
+
+    def __init__(self, table: Tensor, *, index: IndexList) -> None:
+        self._table = table
+        self._index = index
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the table; the list is charged where it is kept."""
+        return self._table.nbytes
+
+    def decode(self) -> Tensor:
+        """Look every row up."""
+        return self._table.index_select(0, self._index.numbers()).view(-1).view(torch.uint8)
+
+
+def estimate_table(block: Block, width_bytes: int, *, limit_bytes: int) -> int | None:
+    """Return about how many bytes a table of `width_bytes` rows and its list take, or None when a sample says more than the limit."""
+    lanes = block.lanes(width_bytes)
+    if lanes is None:
+        return None
+    num_distinct = sample_distinct(lanes, limit=_most_distinct(lanes, width_bytes, limit_bytes))
+    return None if num_distinct is None else num_distinct * width_bytes + list_bytes(lanes.shape[0], num_distinct)
+
+
+def encode_table(block: Block, width_bytes: int, *, limit_bytes: int, lists: IndexLists) -> Payload | None:
+    """Return the block as a table of `width_bytes` rows and an index list, or None when that takes more than `limit_bytes`."""
+    lanes = block.lanes(width_bytes)
+    if lanes is None:
+        return None
+    found = number_rows(lanes, limit=_most_distinct(lanes, width_bytes, limit_bytes))
+    if found is None:
+        return None
+    table, index, first = found
+    if table.nbytes + list_bytes(lanes.shape[0], len(first)) > limit_bytes:
+        return None
+    return TablePayload(table, index=lists.keep(index, first=first))
+
+
+def _most_distinct(lanes: Tensor, width_bytes: int, limit_bytes: int) -> int:
+    # An upper bound, from the table alone and from the index alone; encode_table checks the sum.
+    most_bits = min(16, 8 * limit_bytes // lanes.shape[0])
+    return min(MAX_DISTINCT, 1 << most_bits, limit_bytes // (width_bytes + 4))

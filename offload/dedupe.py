@@ -1,0 +1,109 @@
+"""One copy per storage and per content: living storage + version, confirmed by a 128-bit hash of the bytes (Law 5)."""
+
+import ctypes
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+import xxhash
+from torch import Tensor
+
+from offload.handle import Entry
+from offload.stats import Charge, Ledger
+
+
+@dataclass(slots=True)
+class StorageRecord:
+    """What the store knows of one living storage. All references are weak: handles own entries, entries own charges.
+
+    `copied_versions` are those of which some save has bytes of its own, apart from the storage.
+    """
+
+    alive: "weakref.ref[torch.UntypedStorage]"
+    num_bytes: int
+    entries: "weakref.WeakValueDictionary[int, Entry]" = field(default_factory=weakref.WeakValueDictionary)
+    charge: "weakref.ref[Charge] | None" = None
+    copied_versions: set[int] = field(default_factory=set)
+    counted_step: int = -1
+
+    def entry(self, version: int) -> Entry | None:
+        """Return the living entry kept by reference at `version`, if any."""
+        entry = self.entries.get(version)
+        return entry if entry is not None and entry.is_reference else None
+
+
+class StorageIndex:
+    """Living storages by identity. An address may come back after a free; a dead weak reference never does."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._records: dict[int, StorageRecord] = {}
+        self._step = 0
+
+    def begin_step(self) -> None:
+        """Count every storage anew."""
+        self._step += 1
+
+    def record(self, storage: torch.UntypedStorage) -> StorageRecord:
+        """Return the record of `storage`, a new one when it was not seen alive before."""
+        key = id(storage)
+        record = self._records.get(key)
+        if record is not None and record.alive() is storage:
+            record.num_bytes = storage.nbytes()
+            return record
+        records = self._records
+
+        def forget(dead: "weakref.ref[torch.UntypedStorage]") -> None:
+            known = records.get(key)
+            if known is not None and known.alive is dead:
+                del records[key]
+
+        record = records[key] = StorageRecord(weakref.ref(storage, forget), storage.nbytes())
+        return record
+
+    def count(self, record: StorageRecord) -> int:
+        """Return the bytes of the storage the first time in a step, 0 after that."""
+        if record.counted_step == self._step:
+            return 0
+        record.counted_step = self._step
+        return record.num_bytes
+
+    def charge(self, record: StorageRecord) -> Charge:
+        """Return the one charge for keeping this storage by reference, whatever number of entries do."""
+        charge = record.charge() if record.charge is not None else None
+        if charge is None:
+            charge = self._ledger.charge(record.num_bytes)
+            record.charge = weakref.ref(charge)
+        return charge
+
+
+class ContentIndex:
+    """Living entries by the hash of their bytes, the number of bytes and the device."""
+
+    def __init__(self) -> None:
+        self._entries: weakref.WeakValueDictionary[tuple[bytes, int, torch.device], Entry] = weakref.WeakValueDictionary()
+
+    def find(self, digest: bytes, source: Tensor) -> Entry | None:
+        """Return a living entry with these bytes on the same device, if any."""
+        return self._entries.get(self._key(digest, source))
+
+    def put(self, digest: bytes, source: Tensor, *, entry: Entry) -> None:
+        """Make `entry` the one that is found for these bytes."""
+        self._entries[self._key(digest, source)] = entry
+
+    @staticmethod
+    def _key(digest: bytes, source: Tensor) -> tuple[bytes, int, torch.device]:
+        return digest, source.untyped_storage().nbytes(), source.device
+
+
+def digest_of(source: Tensor) -> bytes:
+    """Return the xxh3-128 digest of the whole storage of `source`, 16 bytes.
+
+    Read through a raw buffer: `Tensor.numpy()` would make the storage non-resizable for ever, which breaks FSDP2. A storage on
+    another device is copied to the host first.
+    """
+    storage = source.untyped_storage()
+    if storage.device.type != "cpu":
+        storage = storage.cpu()
+    buffer = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+    return xxhash.xxh3_128_digest(buffer)

@@ -1,0 +1,85 @@
+"""Lift a view off its storage, lay it back: shape, strides, offset, dtype, conj, neg."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offload.codecs.base import Block
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one saved tensor lies on its storage. `offset` and `stride` count items of `dtype`."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    conj: bool
+    neg: bool
+
+    def span(self) -> tuple[int, int]:
+        """Return the first and one-past-last byte of the storage that the tensor reaches."""
+        start = self.offset * self.dtype.itemsize
+        if 0 in self.shape:
+            return start, start
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return start, start + (last + 1) * self.dtype.itemsize
+
+    def row_items(self, num_items: int) -> int:
+        """Return the items in a row when the tensor covers `num_items` densely in rows of its unit-stride dim, else 1."""
+        if self.shape.numel() != num_items:
+            return 1
+        dims = sorted((s, n) for s, n in zip(self.stride, self.shape, strict=True) if n != 1)
+        return dims[0][1] if dims and dims[0][0] == 1 else 1
+
+
+def lift(tensor: Tensor) -> tuple[Layout, Tensor]:
+    """Return the layout of a strided tensor and a detached alias of it with conj and neg resolved lazily.
+
+    The alias shares storage and version counter with `tensor` and owns no graph: keeping the tensor itself would tie the
+    node being built to itself.
+    """
+    alias = tensor.detach()
+    conj, neg = alias.is_conj(), alias.is_neg()
+    if conj:
+        alias = alias.conj()
+    if neg:
+        alias = torch._neg_view(alias)
+    layout = Layout(alias.shape, alias.stride(), alias.storage_offset(), alias.dtype, conj, neg)
+    return layout, alias
+
+
+def block_of(source: Tensor, layout: Layout, *, whole_storage: bool) -> tuple[Block, int]:
+    """Return the bytes of the storage of `source`, or only those that `layout` reaches, as a block, and the first one's number."""
+    storage = source.untyped_storage()
+    start, stop = (0, storage.nbytes()) if whole_storage else layout.span()
+    flat = torch.empty(0, dtype=torch.uint8, device=source.device).set_(storage, start, (stop - start,), (1,))
+    item_bytes = layout.dtype.itemsize
+    return Block(flat, item_bytes, layout.row_items((stop - start) // item_bytes)), start
+
+
+def lay(layout: Layout, alias: Tensor) -> Tensor:
+    """Return a tensor with `layout` on the storage of `alias`, sharing its version counter where the dtype is equal."""
+    if alias.dtype == layout.dtype:
+        laid = alias.as_strided(layout.shape, layout.stride, layout.offset)
+    else:
+        laid = _on_storage(layout, alias, layout.offset)
+    return _resolve(layout, laid)
+
+
+def lay_bytes(layout: Layout, decoded: Tensor, *, start: int) -> Tensor:
+    """Return a tensor with `layout` on `decoded`, uint8 `[num_bytes]`, a copy of the storage from byte `start` on."""
+    return _resolve(layout, _on_storage(layout, decoded, layout.offset - start // layout.dtype.itemsize))
+
+
+def _on_storage(layout: Layout, owner: Tensor, offset: int) -> Tensor:
+    empty = torch.empty(0, dtype=layout.dtype, device=owner.device)
+    return empty.set_(owner.untyped_storage(), offset, layout.shape, layout.stride)
+
+
+def _resolve(layout: Layout, laid: Tensor) -> Tensor:
+    if layout.conj:
+        laid = laid.conj()
+    return torch._neg_view(laid) if layout.neg else laid

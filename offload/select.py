@@ -1,0 +1,44 @@
+"""Which saved tensors the stages may touch, and which are kept by reference as they are."""
+
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+# A view this much smaller than its storage (a batch cut from a memory-mapped file) is not worth reading all of the storage for.
+_WINDOW_FRACTION = 16
+
+
+class Kind(Enum):
+    """What a saved tensor is to the store."""
+
+    PARAMETER = "parameter"
+    OPAQUE = "opaque"
+    PLAIN = "plain"
+
+
+def kind_of(tensor: Tensor) -> Kind:
+    """Return how `tensor` is treated: a parameter or a view of one, a tensor without plain readable storage, or plain.
+
+    FSDP frees and refills the storage of its parameters between pack and unpack, so they must never be copied.
+    """
+    if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+        return Kind.PARAMETER
+    return Kind.PLAIN if _has_plain_storage(tensor) else Kind.OPAQUE
+
+
+def is_window(span_bytes: int, *, storage_bytes: int) -> bool:
+    """Return whether a view reaches so little of its storage that hashing all of it would cost more than it can win."""
+    return span_bytes * _WINDOW_FRACTION < storage_bytes
+
+
+def _has_plain_storage(tensor: Tensor) -> bool:
+    if type(tensor) is not Tensor or tensor.layout is not torch.strided:
+        return False
+    if tensor.is_quantized or tensor.is_nested or tensor.is_meta or tensor.is_inference():
+        return False
+    try:
+        storage = tensor.untyped_storage()
+        return storage.nbytes() == 0 or storage.data_ptr() != 0
+    except (RuntimeError, NotImplementedError):  # functorch wrappers and the like refuse to show a storage
+        return False

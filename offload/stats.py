@@ -1,0 +1,122 @@
+"""What was saved, by whom, and what each stage won."""
+
+import threading
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+
+
+@dataclass(frozen=True)
+class Stats:
+    """One reading of a store; all sizes in bytes.
+
+    `saved_bytes` and `storage_bytes` count since the outermost enter, parameters left out; `held_bytes` is current;
+    `peak_held_bytes` is the most held since the outermost enter. `num_by_stage` counts saves by what became of them:
+    "parameter", "opaque" and "reference" (kept by reference), "storage" and "content" (shared with a living entry), "copy", or
+    a codec's name.
+    """
+
+    saved_bytes: int = 0
+    storage_bytes: int = 0
+    held_bytes: int = 0
+    peak_held_bytes: int = 0
+    num_saved: int = 0
+    num_by_stage: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+
+
+class Charge:
+    """Bytes held for as long as this object lives; its end gives them back without a lock (Law 8)."""
+
+    __slots__ = ("__weakref__", "_given_back", "num_bytes")
+
+    def __init__(self, num_bytes: int, given_back: deque[int]) -> None:
+        self.num_bytes = num_bytes
+        self._given_back = given_back
+
+    def __del__(self) -> None:
+        self._given_back.append(self.num_bytes)
+
+
+class Ledger:
+    """Held bytes, now and at most. Charges may end on any thread at any time; they are booked at the next reading."""
+
+    def __init__(self) -> None:
+        self._given_back: deque[int] = deque()
+        self._lock = threading.Lock()
+        self._held_bytes = 0
+        self._peak_bytes = 0
+
+    def charge(self, num_bytes: int) -> Charge:
+        """Return a charge of `num_bytes`; whoever owns the memory owns the charge."""
+        with self._lock:
+            self._book()
+            self._held_bytes += num_bytes
+            self._peak_bytes = max(self._peak_bytes, self._held_bytes)
+        return Charge(num_bytes, self._given_back)
+
+    def read(self) -> tuple[int, int]:
+        """Return the held bytes now and their peak since the last reset."""
+        with self._lock:
+            self._book()
+            return self._held_bytes, self._peak_bytes
+
+    def reset_peak(self) -> None:
+        """Start a new peak at what is held now."""
+        with self._lock:
+            self._book()
+            self._peak_bytes = self._held_bytes
+
+    def _book(self) -> None:
+        while self._given_back:
+            self._held_bytes -= self._given_back.popleft()
+
+
+@dataclass(slots=True)
+class Row:
+    """All saves of one line of code with one shape and dtype."""
+
+    site: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    num_saved: int = 0
+    saved_bytes: int = 0
+    num_by_stage: dict[str, int] = field(default_factory=dict)
+
+    def count(self, stage: str) -> None:
+        """Book one save that ended as `stage`."""
+        self.num_by_stage[stage] = self.num_by_stage.get(stage, 0) + 1
+
+
+class Counts:
+    """The counts since the outermost enter, by row."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[str, torch.Size, torch.dtype], Row] = {}
+        self.storage_bytes = 0
+
+    def row(self, site: str, shape: torch.Size, dtype: torch.dtype) -> Row:
+        """Return the row of these saves, a new one at its first, with this save counted."""
+        key = (site, shape, dtype)
+        row = self.rows.get(key)
+        if row is None:
+            row = self.rows[key] = Row(site, tuple(shape), dtype)
+        row.num_saved += 1
+        return row
+
+    def stats(self, held_bytes: int, peak_held_bytes: int) -> Stats:
+        """Return the totals as a frozen reading."""
+        num_by_stage: dict[str, int] = {}
+        for row in self.rows.values():
+            for stage, num in row.num_by_stage.items():
+                num_by_stage[stage] = num_by_stage.get(stage, 0) + num
+        return Stats(
+            saved_bytes=sum(row.saved_bytes for row in self.rows.values()),
+            storage_bytes=self.storage_bytes,
+            held_bytes=held_bytes,
+            peak_held_bytes=peak_held_bytes,
+            num_saved=sum(row.num_saved for row in self.rows.values()),
+            num_by_stage=MappingProxyType(num_by_stage),
+        )

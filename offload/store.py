@@ -1,0 +1,121 @@
+"""The context manager: the two hooks and the order of the stages.
+
+    pack:   select -> lift -> (once the op has returned) dedupe -> encode -> Handle
+    unpack: Handle -> decode -> lay -> tensor
+"""
+
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from offload.codecs import DEFAULT_CODECS
+from offload.codecs.base import Codec
+from offload.handle import Entry, Handle, Reference
+from offload.layout import lift
+from offload.report import report_text
+from offload.select import Kind, kind_of
+from offload.settle import Settler
+from offload.site import Sites
+from offload.stats import Counts, Ledger, Stats
+
+
+class SavedTensorStore:
+    """Holds what autograd saves inside the context, each content once.
+
+    Use it around any part of a training step; backward may run in or after the context. It may be entered again, and from several
+    threads. What it holds belongs to the autograd graph: the graph's end, by backward or by being dropped, frees it.
+
+    Args:
+        dedupe: keep one payload per storage and version, and per content. Without it every save gets a copy of its own.
+        uniquify: hold tensors of few distinct scalars or rows as a table and a packed index, without losing a bit. True takes the
+            default codecs; a sequence of codecs takes those.
+        min_bytes: tensors on smaller storages are kept by reference.
+
+    Raises:
+        TypeError: `uniquify` holds something that is not a codec.
+        ValueError: `min_bytes` is negative.
+    """
+
+    def __init__(self, *, dedupe: bool = True, uniquify: bool | Sequence[Codec] = False, min_bytes: int = 4096) -> None:
+        if min_bytes < 0:
+            raise ValueError(f"SavedTensorStore: min_bytes is {min_bytes} bytes; give 0 or more")
+        self._ledger = Ledger()
+        self._counts = Counts()
+        self._settler = Settler(_codecs_of(uniquify), dedupe=dedupe, min_bytes=min_bytes, ledger=self._ledger)
+        self._sites = Sites()
+        self._lock = threading.RLock()
+        self._entered = _Entered()
+        self._num_entered = 0
+
+    def __enter__(self) -> "SavedTensorStore":
+        hooks = saved_tensors_hooks(self._pack, self._unpack)
+        with self._lock:
+            if self._num_entered == 0:
+                self._counts = Counts()
+                self._settler.begin_step()
+            self._num_entered += 1
+        hooks.__enter__()
+        self._entered.hooks.append(hooks)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._entered.hooks.pop().__exit__(kind, error, traceback)
+        with self._lock:
+            self._num_entered -= 1
+            if kind is None:
+                self._settler.settle_all()
+            else:
+                self._settler.drop_all()
+
+    @property
+    def stats(self) -> Stats:
+        """What was saved since the outermost enter, and what is held now, in bytes."""
+        with self._lock:
+            self._settler.settle_all()
+            held_bytes, peak_held_bytes = self._ledger.read()
+            return self._counts.stats(held_bytes, peak_held_bytes)
+
+    def report(self) -> str:
+        """Return a table for people: totals, then the lines of code that saved most and what became of it."""
+        stats = self.stats
+        with self._lock:
+            return report_text(stats, list(self._counts.rows.values()))
+
+    def _pack(self, tensor: Tensor) -> Handle:
+        with self._lock:
+            self._settler.settle_returned()
+            kind = kind_of(tensor)
+            row = self._counts.row(self._sites.calling(), tensor.shape, tensor.dtype)
+            if kind is not Kind.PLAIN:
+                row.count(kind.value)
+                return Handle(Entry(Reference(tensor.detach(), num_bytes=0)), None)
+            layout, source = lift(tensor)
+            row.saved_bytes += source.nbytes
+            entry, new_storage_bytes = self._settler.admit(layout, source, row=row)
+            self._counts.storage_bytes += new_storage_bytes
+            return Handle(entry, layout)
+
+    def _unpack(self, handle: Handle) -> Tensor:
+        return handle.open()
+
+
+class _Entered(threading.local):
+    """The hooks that this thread has entered; autograd's hooks are thread-local too."""
+
+    def __init__(self) -> None:
+        self.hooks: list[saved_tensors_hooks] = []
+
+
+def _codecs_of(uniquify: bool | Sequence[Codec]) -> tuple[Codec, ...]:
+    if isinstance(uniquify, bool):
+        return DEFAULT_CODECS if uniquify else ()
+    codecs = tuple(uniquify)
+    for codec in codecs:
+        if not isinstance(codec, Codec):
+            raise TypeError(f"SavedTensorStore: uniquify holds {codec!r}; give True, False or a sequence of Codec objects")
+    return codecs
