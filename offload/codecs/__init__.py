@@ -3,6 +3,8 @@
 from offload.codecs.base import Codec
 from offload.codecs.bits import Bits
 from offload.codecs.keyed import Keyed
+from offload.codecs.narrow import Narrow
 from offload.codecs.rows import Rows
 
-DEFAULT_CODECS: tuple[Codec, ...] = (Keyed(), Bits(), Rows())
+DEFAULT_CODECS: tuple[Codec, ...] = (Keyed(), Narrow(), Bits(), Rows())
+"""In the order of their cost in time."""

@@ -7,19 +7,21 @@ from offload.codecs.index_list import IndexLists
 
 
 def encode_best(block: Block, codecs: Sequence[Codec], *, lists: IndexLists) -> tuple[str, Payload] | None:
-    """Return the name of the codec that won and its payload, or None when no codec at least halves the block (Law 7).
+    """Return the name of the codec that won and its payload, or None when none makes the block about half as large (Law 7).
 
-    Less than half is not worth the time of encoding and decoding. Codecs are asked for an estimate from a sample; those that give one
-    encode in its order until one succeeds.
+    Codecs stand in the order of their cost in time. Each gives an estimate from a sample, and a later one must promise half of what
+    the ones before it do: bytes that few are not worth a dearer way. The best promise encodes first, then the ones before it.
     """
-    limit_bytes = block.num_bytes // 2
-    estimates = [
-        (size, number)
-        for number, codec in enumerate(codecs)
-        if (size := codec.estimate_bytes(block, limit_bytes=limit_bytes, lists=lists)) is not None and size <= limit_bytes
-    ]
-    for _, number in sorted(estimates):
-        payload = codecs[number].encode(block, limit_bytes=limit_bytes, lists=lists)
+    limit_bytes = block.limit_bytes
+    promising: list[Codec] = []
+    best = limit_bytes
+    for codec in codecs:
+        estimate = codec.estimate_bytes(block, limit_bytes=limit_bytes, lists=lists)
+        if estimate is not None and estimate <= best:
+            best = estimate // 2
+            promising.append(codec)
+    for codec in reversed(promising):
+        payload = codec.encode(block, limit_bytes=limit_bytes, lists=lists)
         if payload is not None:
-            return codecs[number].name, payload
+            return codec.name, payload
     return None

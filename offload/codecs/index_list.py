@@ -6,7 +6,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from offload.codecs.packing import bits_for, pack, packed_bytes, unpack
+from offload.codecs.packing import bits_for, pack, packed_bytes, unpack, unpack_at
 from offload.stats import Charge, Ledger
 
 _NUM_KEYS_TRIED = 4
@@ -32,6 +32,10 @@ class IndexList:
     def numbers(self) -> Tensor:
         """Return the list, int32 `[num_rows]`, with values below `len(first)`."""
         return unpack(self._packed, bits=self._bits, num_items=self.num_rows)
+
+    def numbers_at(self, places: Tensor) -> Tensor:
+        """Return the list at `places`, int64 `[S]`, as int32 `[S]`."""
+        return unpack_at(self._packed, places, bits=self._bits, num_items=self.num_rows)
 
 
 class IndexLists:

@@ -12,7 +12,7 @@ from offload.codecs.distinct import chunk_rows, sample_places
 from offload.codecs.index_list import IndexList, IndexLists
 from offload.codecs.table import TablePayload
 
-_SAMPLE_ROWS = 1024
+_NUM_SAMPLED = 64
 
 
 class Keyed(Codec):
@@ -23,15 +23,15 @@ class Keyed(Codec):
     name = "keyed"
 
     def estimate_bytes(self, block: Block, *, limit_bytes: int, lists: IndexLists) -> int | None:
-        """Return the bytes of the smallest table that a living list of the right length would need, or None without one."""
-        sizes = [width_bytes * len(index.first) for width_bytes, index in _candidates(block, lists)]
+        """Return the bytes of the smallest table whose list agrees with a sample of the block, or None without one."""
+        sizes = [width * len(index.first) for width, index in _candidates(block, lists) if _sample_agrees(block, width, index)]
         return min(sizes, default=None)
 
     def encode(self, block: Block, *, limit_bytes: int, lists: IndexLists) -> Payload | None:
         """Return the first table within `limit_bytes` that reproduces every row through a living list, or None."""
-        for width_bytes, index in _candidates(block, lists):
-            lanes = block.lanes(width_bytes)
-            if lanes is None or width_bytes * len(index.first) > limit_bytes:
+        for width, index in _candidates(block, lists):
+            lanes = block.lanes(width)
+            if lanes is None or width * len(index.first) > limit_bytes or not _sample_agrees(block, width, index):
                 continue
             table = lanes.index_select(0, index.first)
             if _agrees(lanes, table, index.numbers()):
@@ -44,15 +44,17 @@ def _candidates(block: Block, lists: IndexLists) -> list[tuple[int, IndexList]]:
     return [(width, index) for width in widths for index in lists.keys(block.num_bytes // width, block.flat.device)]
 
 
-def _agrees(lanes: Tensor, table: Tensor, numbers: Tensor) -> bool:
-    """Whether `table[numbers]` is `lanes` in every row; a sample is asked first, so a wrong key costs little."""
-    places = sample_places(lanes.shape[0], min(lanes.shape[0], _SAMPLE_ROWS), lanes.device)
-    if not _same(lanes.index_select(0, places), table, numbers.index_select(0, places)):
+def _sample_agrees(block: Block, width_bytes: int, index: IndexList) -> bool:
+    lanes = block.lanes(width_bytes)
+    if lanes is None:
         return False
+    places = sample_places(len(lanes), min(len(lanes), _NUM_SAMPLED), lanes.device)
+    theirs = index.first.index_select(0, index.numbers_at(places))
+    return torch.equal(lanes.index_select(0, theirs), lanes.index_select(0, places))
+
+
+def _agrees(lanes: Tensor, table: Tensor, numbers: Tensor) -> bool:
+    """Whether `table[numbers]` is `lanes` in every row."""
     step = chunk_rows(lanes)
-    starts = range(0, lanes.shape[0], step)
-    return all(_same(lanes[start : start + step], table, numbers[start : start + step]) for start in starts)
-
-
-def _same(lanes: Tensor, table: Tensor, numbers: Tensor) -> bool:
-    return torch.equal(table.index_select(0, numbers), lanes)
+    chunks = (slice(start, start + step) for start in range(0, len(lanes), step))
+    return all(torch.equal(table.index_select(0, numbers[chunk]), lanes[chunk]) for chunk in chunks)

@@ -43,6 +43,24 @@ def unpack(packed: Tensor, *, bits: int, num_items: int) -> Tensor:
     return items
 
 
+def unpack_at(packed: Tensor, places: Tensor, *, bits: int, num_items: int) -> Tensor:
+    """Return the items of `pack` at `places`, int64 `[S]`, as int32 `[S]`, without unpacking the rest."""
+    items = torch.zeros(places.numel(), dtype=torch.int32, device=packed.device)
+    start, shift = 0, 0
+    for plane in _planes(bits):
+        stop = start + _plane_bytes(num_items, plane)
+        values = packed[start:stop].view(torch.int16) if plane == 16 else packed[start:stop]
+        if plane < 8:
+            segment_bytes = values.numel()
+            segment = places // segment_bytes
+            values = values.index_select(0, places - segment * segment_bytes).to(torch.int32) >> segment * plane
+        else:
+            values = values.index_select(0, places).to(torch.int32)
+        items |= (values & ((1 << plane) - 1)).to(torch.int32) << shift
+        start, shift = stop, shift + plane
+    return items
+
+
 def _planes(bits: int) -> list[int]:
     return [plane for plane in (16, 8, 4, 2, 1) if bits & plane]
 

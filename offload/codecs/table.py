@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from offload.codecs.base import Block, Payload
-from offload.codecs.distinct import MAX_DISTINCT, number_rows, sample_distinct
+from offload.codecs.distinct import estimate_distinct, number_rows
 from offload.codecs.index_list import IndexList, IndexLists, list_bytes
 
 
@@ -29,11 +29,13 @@ class TablePayload(Payload):
 
 def estimate_table(block: Block, width_bytes: int, *, limit_bytes: int) -> int | None:
     """Return about how many bytes a table of `width_bytes` rows and its list take, or None when a sample says more than the limit."""
-    lanes = block.lanes(width_bytes)
-    if lanes is None:
+    sample = block.sample(width_bytes)
+    if sample is None:
         return None
-    num_distinct = sample_distinct(lanes, limit=_most_distinct(lanes, width_bytes, limit_bytes))
-    return None if num_distinct is None else num_distinct * width_bytes + list_bytes(lanes.shape[0], num_distinct)
+    num_rows = block.num_bytes // width_bytes
+    limit = block.most_distinct(width_bytes, limit_bytes=limit_bytes)
+    num_distinct = estimate_distinct(sample, num_rows=num_rows, limit=limit)
+    return None if num_distinct is None else num_distinct * width_bytes + list_bytes(num_rows, num_distinct)
 
 
 def encode_table(block: Block, width_bytes: int, *, limit_bytes: int, lists: IndexLists) -> Payload | None:
@@ -41,16 +43,10 @@ def encode_table(block: Block, width_bytes: int, *, limit_bytes: int, lists: Ind
     lanes = block.lanes(width_bytes)
     if lanes is None:
         return None
-    found = number_rows(lanes, limit=_most_distinct(lanes, width_bytes, limit_bytes))
+    found = number_rows(lanes, limit=block.most_distinct(width_bytes, limit_bytes=limit_bytes))
     if found is None:
         return None
     table, index, first = found
-    if table.nbytes + list_bytes(lanes.shape[0], len(first)) > limit_bytes:
+    if table.nbytes + list_bytes(len(lanes), len(first)) > limit_bytes:
         return None
     return TablePayload(table, index=lists.keep(index, first=first))
-
-
-def _most_distinct(lanes: Tensor, width_bytes: int, limit_bytes: int) -> int:
-    # An upper bound, from the table alone and from the index alone; encode_table checks the sum.
-    most_bits = min(16, 8 * limit_bytes // lanes.shape[0])
-    return min(MAX_DISTINCT, 1 << most_bits, limit_bytes // (width_bytes + 4))
