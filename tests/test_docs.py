@@ -136,7 +136,8 @@ def test_commands_exist_and_parse(block: Block) -> None:
         try:
             check_command(words)
         except SystemExit as stopped:  # --help stops with 0
-            assert stopped.code == 0, f"{block.where}: the parser refuses {shlex.join(words)}"
+            if stopped.code:
+                pytest.fail(f"{block.where}: the parser refuses {shlex.join(words)}")
 
 
 def test_the_command_check_sees_a_wrong_command() -> None:
