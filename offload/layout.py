@@ -29,7 +29,7 @@ class Layout:
 
     def row_items(self, num_items: int) -> int:
         """Return the items in a row when the tensor covers `num_items` densely in rows of its unit-stride dim, else 1."""
-        if self.shape.numel() != num_items:
+        if self.shape.numel() != num_items or num_items == 0:
             return 1
         dims = sorted((s, n) for s, n in zip(self.stride, self.shape, strict=True) if n != 1)
         return dims[0][1] if dims and dims[0][0] == 1 else 1

@@ -20,8 +20,8 @@ class DistinctRows:
 
     def __init__(self, lanes: Tensor, *, limit: int) -> None:
         self._bits = bits_for(16 * limit)
-        # One slot a hash value, and room behind the last for probing without a wrap. An empty slot names row 0: the comparison that
-        # every row goes through anyway then tells whether that is right.
+        # One slot a hash value, and room behind the last for probing without a wrap. An empty slot names row 0, which is always in
+        # the table: the comparison that every row goes through anyway tells whether that is right.
         num_slots = (1 << self._bits) + limit + 1
         self._slots = torch.zeros(num_slots, dtype=torch.int32, device=lanes.device)
         self._taken = torch.zeros(num_slots, dtype=torch.bool, device=lanes.device)
@@ -30,6 +30,8 @@ class DistinctRows:
         self._first = torch.empty(limit, dtype=torch.int32, device=lanes.device)
         self._limit = limit
         self._count = 0
+        first_row = lanes[:1]
+        self._claim(first_row.view(-1, *_item_shape(lanes)), self._hash(first_row), torch.zeros(1, dtype=torch.int64, device=lanes.device))
 
     @property
     def table(self) -> Tensor:

@@ -58,7 +58,7 @@ class NarrowPayload(Payload):
 
     def decode(self) -> Tensor:
         """Write every part to its place."""
-        parts = self._first.expand(self._num_items, -1).contiguous()
+        parts = self._first.repeat(self._num_items, 1)
         for number, part in self._varying.items():
             parts[:, number] = part
         return parts.view(-1).view(torch.uint8)
