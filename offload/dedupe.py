@@ -2,7 +2,6 @@
 
 import ctypes
 import weakref
-from dataclasses import dataclass, field
 
 import torch
 import xxhash
@@ -11,25 +10,39 @@ from torch import Tensor
 from offload.handle import Entry
 from offload.stats import Charge, Ledger
 
+_memory_view = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
+    ("PyMemoryView_FromMemory", ctypes.pythonapi)
+)
+_READ_ONLY = 0x100  # PyBUF_READ
 
-@dataclass(slots=True)
+
 class StorageRecord:
     """What the store knows of one living storage. All references are weak: handles own entries, entries own charges.
 
-    `copied_versions` are those of which some save has bytes of its own, apart from the storage.
+    A version only grows, so the newest alone can be saved again. `copied_version` is one of which some save has bytes of its own, apart
+    from the storage.
     """
 
-    alive: "weakref.ref[torch.UntypedStorage]"
-    num_bytes: int
-    entries: "weakref.WeakValueDictionary[int, Entry]" = field(default_factory=weakref.WeakValueDictionary)
-    charge: "weakref.ref[Charge] | None" = None
-    copied_versions: set[int] = field(default_factory=set)
-    counted_step: int = -1
+    __slots__ = ("_entry", "_entry_version", "alive", "charge", "copied_version", "counted_step", "num_bytes")
+
+    def __init__(self, alive: "weakref.ref[torch.UntypedStorage]") -> None:
+        self.alive = alive
+        self.num_bytes = 0
+        self.charge: weakref.ref[Charge] | None = None
+        self.copied_version = -1
+        self.counted_step = -1
+        self._entry: weakref.ref[Entry] | None = None
+        self._entry_version = -1
 
     def entry(self, version: int) -> Entry | None:
         """Return the living entry kept by reference at `version`, if any."""
-        entry = self.entries.get(version)
+        entry = self._entry() if self._entry is not None and self._entry_version == version else None
         return entry if entry is not None and entry.is_reference else None
+
+    def put(self, entry: Entry, version: int) -> None:
+        """Make `entry` the one that is found for `version`."""
+        self._entry = weakref.ref(entry)
+        self._entry_version = version
 
 
 class StorageIndex:
@@ -48,9 +61,12 @@ class StorageIndex:
         """Return the record of `storage`, a new one when it was not seen alive before."""
         key = id(storage)
         record = self._records.get(key)
-        if record is not None and record.alive() is storage:
-            record.num_bytes = storage.nbytes()
-            return record
+        if record is None or record.alive() is not storage:
+            record = self._records[key] = StorageRecord(self._watch(storage, key))
+        record.num_bytes = storage.nbytes()
+        return record
+
+    def _watch(self, storage: torch.UntypedStorage, key: int) -> "weakref.ref[torch.UntypedStorage]":
         records = self._records
 
         def forget(dead: "weakref.ref[torch.UntypedStorage]") -> None:
@@ -58,8 +74,7 @@ class StorageIndex:
             if known is not None and known.alive is dead:
                 del records[key]
 
-        record = records[key] = StorageRecord(weakref.ref(storage, forget), storage.nbytes())
-        return record
+        return weakref.ref(storage, forget)
 
     def count(self, record: StorageRecord) -> int:
         """Return the bytes of the storage the first time in a step, 0 after that."""
@@ -105,5 +120,4 @@ def digest_of(source: Tensor) -> bytes:
     storage = source.untyped_storage()
     if storage.device.type != "cpu":
         storage = storage.cpu()
-    buffer = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
-    return xxhash.xxh3_128_digest(buffer)
+    return xxhash.xxh3_128_digest(_memory_view(storage.data_ptr(), storage.nbytes(), _READ_ONLY))

@@ -1,6 +1,6 @@
 """Lift a view off its storage, lay it back: shape, strides, offset, dtype, conj, neg."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,8 +8,7 @@ from torch import Tensor
 from offload.codecs.base import Block
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """How one saved tensor lies on its storage. `offset` and `stride` count items of `dtype`."""
 
     shape: torch.Size
@@ -22,10 +21,16 @@ class Layout:
     def span(self) -> tuple[int, int]:
         """Return the first and one-past-last byte of the storage that the tensor reaches."""
         start = self.offset * self.dtype.itemsize
-        if 0 in self.shape:
-            return start, start
-        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
-        return start, start + (last + 1) * self.dtype.itemsize
+        return start, start + self.span_bytes()
+
+    def span_bytes(self) -> int:
+        """Return how many bytes there are from the first to the last that the tensor reaches."""
+        num_items = 1
+        for size, step in zip(self.shape, self.stride, strict=True):
+            if size == 0:
+                return 0
+            num_items += (size - 1) * step
+        return num_items * self.dtype.itemsize
 
     def row_items(self, num_items: int) -> int:
         """Return the items in a row when the tensor covers `num_items` densely in rows of its unit-stride dim, else 1."""

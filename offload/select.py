@@ -22,7 +22,8 @@ def kind_of(tensor: Tensor) -> Kind:
 
     FSDP frees and refills the storage of its parameters between pack and unpack, so they must never be copied.
     """
-    if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+    base = tensor._base
+    if isinstance(tensor, nn.Parameter) or (base is not None and isinstance(base, nn.Parameter)):
         return Kind.PARAMETER
     return Kind.PLAIN if _has_plain_storage(tensor) else Kind.OPAQUE
 

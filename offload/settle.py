@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,20 +17,20 @@ from offload.codecs.base import Codec
 from offload.codecs.choose import encode_best
 from offload.codecs.index_list import IndexLists
 from offload.codecs.raw import RawPayload
-from offload.dedupe import ContentIndex, StorageIndex, digest_of
+from offload.dedupe import ContentIndex, StorageIndex, StorageRecord, digest_of
 from offload.handle import Content, Encoded, Entry, Reference
 from offload.layout import Layout, block_of
 from offload.select import is_window
 from offload.stats import Ledger, Row
 
 
-@dataclass(frozen=True, slots=True)
-class Pending:
+class Pending(NamedTuple):
     """A save whose operator may still be running. Weak: a graph that is dropped takes its entries along."""
 
     sequence: int
     entry: "weakref.ref[Entry]"
     layout: Layout
+    record: StorageRecord
     row: Row
 
 
@@ -56,21 +56,19 @@ class Settler:
         """Return the entry of a save and the bytes of its storage if this step had not saved it before, else 0."""
         record = self._storages.record(source.untyped_storage())
         storage_bytes = self._storages.count(record)
-        start, stop = layout.span()
-        worth_reading = record.num_bytes >= self._min_bytes and not is_window(
-            stop - start, storage_bytes=record.num_bytes
-        )
+        worth_reading = self._is_worth_reading(layout, record)
         entry = record.entry(source._version) if self._dedupe else None
         if entry is not None and (entry.is_queued or not worth_reading):
             row.count("storage")
             return entry, storage_bytes
         if entry is None:
-            charge = self._storages.charge(record) if self._dedupe else self._ledger.charge(stop - start)
-            entry = record.entries[source._version] = Entry(Reference(source, num_bytes=record.num_bytes, charge=charge))
+            charge = self._storages.charge(record) if self._dedupe else self._ledger.charge(layout.span_bytes())
+            entry = Entry(Reference(source, num_bytes=record.num_bytes, charge=charge))
+            record.put(entry, source._version)
         if worth_reading:
             entry.is_queued = True
             sequence = torch.autograd._get_sequence_nr()
-            self._queue.pending.append(Pending(sequence, weakref.ref(entry), layout, row))
+            self._queue.pending.append(Pending(sequence, weakref.ref(entry), layout, record, row))
         else:
             row.count("reference")
         return entry, storage_bytes
@@ -92,36 +90,35 @@ class Settler:
         """Leave what this thread saved by reference."""
         self._queue.pending.clear()
 
+    def _is_worth_reading(self, layout: Layout, record: StorageRecord) -> bool:
+        return record.num_bytes >= self._min_bytes and not is_window(layout.span_bytes(), storage_bytes=record.num_bytes)
+
     def _settle(self, pending: Pending) -> None:
         entry = pending.entry()
         if entry is None or not isinstance(entry.content, Reference) or entry.content.is_stale:
             pending.row.count("reference")
             return
-        pending.row.count(self._place(entry, entry.content.source, pending.layout))
+        pending.row.count(self._place(entry, entry.content.source, pending))
 
-    def _place(self, entry: Entry, source: Tensor, layout: Layout) -> str:
+    def _place(self, entry: Entry, source: Tensor, pending: Pending) -> str:
         """Give `entry` its payload and return the name of the stage that had one."""
+        layout, record = pending.layout, pending.record
         if not self._dedupe:
-            stage, content = self._encode(source, layout) or ("copy", self._copy(source, layout))
-            entry.content = content
+            stage, entry.content = self._encode(source, layout) or ("copy", self._copy(source, layout))
             return stage
-        record = self._storages.record(source.untyped_storage())
         digest = digest_of(source)
-        shared = self._find_shared(digest, source, layout)
-        if shared is not None:
-            stage, entry.content = "content", shared
-        elif (encoded := self._encode(source, layout)) is not None:
-            stage, entry.content = encoded
-        elif source._version in record.copied_versions:
-            # This version was seen with other bytes: somebody writes behind PyTorch's counter. The earlier saves have copies, so
-            # must this one, or one gradient would mix old bytes with new ones (Law 4).
-            stage, entry.content = "copy", self._copy(source, layout)
-        else:
-            stage = "reference"
-        if stage != "reference":
-            record.copied_versions.add(source._version)
-        if stage != "content":
+        stage = "content"
+        content = self._find_shared(digest, source, layout)
+        if content is None:
+            # A version seen before with other bytes: somebody writes behind PyTorch's counter. The earlier saves have copies, so this
+            # one must have one too, or a gradient would mix old bytes with new ones (Law 4).
+            must_copy = record.copied_version == source._version
+            stage, content = self._encode(source, layout) or ("copy", self._copy(source, layout) if must_copy else None)
             self._contents.put(digest, source, entry=entry)
+        if content is None:
+            return "reference"
+        entry.content = content
+        record.copied_version = source._version
         return stage
 
     def _find_shared(self, digest: bytes, source: Tensor, layout: Layout) -> Content | None:
@@ -133,11 +130,13 @@ class Settler:
         # Written to since, behind the counter or not: its later saves share the reference and follow the storage, as in plain autograd.
         if known.content.is_stale or digest_of(theirs) != digest:
             return None
-        self._storages.record(theirs.untyped_storage()).copied_versions.add(theirs._version)
+        self._storages.record(theirs.untyped_storage()).copied_version = theirs._version
         known.content = self._copy(source, layout)
         return known.content
 
     def _encode(self, source: Tensor, layout: Layout) -> tuple[str, Content] | None:
+        if not self._codecs:
+            return None
         block, start = block_of(source, layout, whole_storage=self._dedupe)
         found = encode_best(block, self._codecs, lists=self._lists)
         if found is None:

@@ -2,11 +2,13 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from offload.codecs.distinct import sample_places, sample_size
+from offload.codecs.distinct import sample_rows, sample_size
 from offload.codecs.index_list import IndexLists
 
 _LANES = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
@@ -23,7 +25,7 @@ class Block:
     flat: Tensor
     item_bytes: int
     row_items: int
-    _samples: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _samples: dict[int, NDArray[Any]] = field(default_factory=dict, repr=False)
 
     @property
     def num_bytes(self) -> int:
@@ -47,26 +49,26 @@ class Block:
         lane_bytes = next(size for size in _LANES if width_bytes % size == 0)
         return self.flat.view(_LANES[lane_bytes]).view(-1, width_bytes // lane_bytes)
 
-    def sample(self, width_bytes: int) -> Tensor | None:
-        """Return some rows of `lanes(width_bytes)`, `[S, L]`; made once, whoever asks."""
+    def sample(self, width_bytes: int) -> NDArray[Any] | None:
+        """Return some rows of `lanes(width_bytes)`, a copy on the host, `[S, L]`; made once, whoever asks."""
         if width_bytes not in self._samples:
             lanes = self.lanes(width_bytes)
             if lanes is None:
                 return None
-            size = sample_size(len(lanes), limit=self.most_distinct(width_bytes, limit_bytes=self.limit_bytes))
-            self._samples[width_bytes] = lanes.index_select(0, sample_places(len(lanes), size, lanes.device))
+            size = sample_size(lanes.shape[0], limit=self.most_distinct(width_bytes, limit_bytes=self.limit_bytes))
+            self._samples[width_bytes] = sample_rows(lanes, size=size)
         return self._samples[width_bytes]
 
     def most_distinct(self, width_bytes: int, *, limit_bytes: int) -> int:
         """Return how many distinct rows of `width_bytes` at most a table and its index list can hold in `limit_bytes`."""
         num_rows = self.num_bytes // width_bytes
-        most = 0
-        for bits in range(min(16, 8 * limit_bytes // num_rows), -1, -1):
-            room = (limit_bytes - num_rows * bits // 8) // (width_bytes + 4)
-            most = max(most, min(room, 1 << bits))
-            if most > 1 << bits:
-                break
-        return min(most, num_rows)
+        room = 0
+        for bits in range(min(16, num_rows.bit_length(), 8 * limit_bytes // num_rows), -1, -1):
+            more_room = (limit_bytes - num_rows * bits // 8) // (width_bytes + 4)
+            if more_room >= 1 << bits:
+                return min(num_rows, max(room, 1 << bits))
+            room = more_room
+        return 0
 
 
 class Payload(ABC):

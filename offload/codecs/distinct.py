@@ -1,6 +1,10 @@
 """Find the distinct rows of a block and each row's number among them: an exact hash table in tensor operations."""
 
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from offload.codecs.packing import bits_for
@@ -25,7 +29,7 @@ class DistinctRows:
         num_slots = (1 << self._bits) + limit + 1
         self._slots = torch.zeros(num_slots, dtype=torch.int32, device=lanes.device)
         self._taken = torch.zeros(num_slots, dtype=torch.bool, device=lanes.device)
-        self._multipliers = _multipliers(lanes.shape[1], lanes.device)
+        self._multipliers = torch.from_numpy(_multipliers(lanes.shape[1])).to(lanes.device)
         self._rows = lanes.new_empty((limit, *_item_shape(lanes)))
         self._first = torch.empty(limit, dtype=torch.int32, device=lanes.device)
         self._limit = limit
@@ -125,17 +129,35 @@ def chunk_rows(lanes: Tensor) -> int:
     return max(1, _CHUNK_BYTES // (lanes.shape[1] * 8))
 
 
-def estimate_distinct(sample: Tensor, *, num_rows: int, limit: int) -> int | None:
-    """Estimate the distinct rows of a block of `num_rows` from a sample of them, `[S, L]`, or None when they look more than `limit`.
+def sample_size(num_rows: int, *, limit: int) -> int:
+    """Return how many of `num_rows` rows to sample to tell whether at most `limit` of them are distinct."""
+    return min(num_rows, max(64, int(_SAMPLE_WORK * (2 * limit) ** 0.5)))
 
-    Pairs of equal rows in the sample tell the number by the birthday bound. Up to 8 lanes of a row are looked at.
-    """
-    size = sample.shape[0]
+
+def sample_step(num_rows: int, size: int) -> int:
+    """Return the distance between the rows of a sample: odd, so that it does not keep time with powers of two."""
+    step = num_rows // size
+    return step if step % 2 else max(1, step - 1)
+
+
+def sample_rows(lanes: Tensor, *, size: int) -> NDArray[Any]:
+    """Return `size` rows of `lanes` and at most 8 lanes of each, `[size, L]`, copied to the host."""
+    sample = lanes[:: sample_step(lanes.shape[0], size)][:size]
     if sample.shape[1] > _SAMPLE_LANES:
         sample = sample[:, :: -(-sample.shape[1] // _SAMPLE_LANES)]
+    # A copy first: numpy() on the saved tensor's own storage would make it non-resizable for ever.
+    return sample.clone(memory_format=torch.contiguous_format).cpu().numpy()
+
+
+def estimate_distinct(sample: NDArray[Any], *, num_rows: int, limit: int) -> int | None:
+    """Estimate the distinct rows of a block of `num_rows` from a sample of them, `[S, L]`, or None when they look more than `limit`.
+
+    Pairs of equal rows in the sample tell the number by the birthday bound.
+    """
+    size = sample.shape[0]
     if sample.shape[1] > 1:
-        sample = (sample.to(torch.int64) * _multipliers(sample.shape[1], sample.device)).sum(1)
-    num_seen = len(set(sample.view(-1).tolist()))
+        sample = (sample.astype(np.int64) * _SAMPLE_MULTIPLIERS[: sample.shape[1]]).sum(1)
+    num_seen = len(set(sample.reshape(-1).tolist()))
     num_equal = size - num_seen
     if size == num_rows:
         return num_seen if num_seen <= limit else None
@@ -145,25 +167,14 @@ def estimate_distinct(sample: Tensor, *, num_rows: int, limit: int) -> int | Non
     return estimate if estimate <= limit else None
 
 
-def sample_size(num_rows: int, *, limit: int) -> int:
-    """Return how many of `num_rows` rows to sample to tell whether at most `limit` of them are distinct."""
-    return min(num_rows, max(64, int(_SAMPLE_WORK * (2 * limit) ** 0.5)))
-
-
-def sample_places(num_rows: int, size: int, device: torch.device) -> Tensor:
-    """Return `size` row numbers below `num_rows`, int64, spread without a period and without random state."""
-    steps = torch.arange(size, device=device)
-    if size == num_rows:
-        return steps
-    return ((steps * 0x9E3779B1 & 0xFFFFFFFF) * num_rows) >> 32
-
-
-def _multipliers(num_lanes: int, device: torch.device) -> Tensor:
+def _multipliers(num_lanes: int) -> NDArray[np.int64]:
     # Odd, and far from each other's multiples (splitmix64); fixed, so that a run can be repeated.
     state = [(_GOLDEN * (lane + 1)) & (2**64 - 1) for lane in range(num_lanes)]
     mixed = [((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1) for z in state]
-    signed = [(z | 1) - 2**64 if z >= 2**63 else z | 1 for z in mixed]
-    return torch.tensor(signed, dtype=torch.int64, device=device)
+    return np.array([z | 1 for z in mixed], dtype=np.uint64).view(np.int64)
+
+
+_SAMPLE_MULTIPLIERS = _multipliers(_SAMPLE_LANES)
 
 
 def _item_shape(lanes: Tensor) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from offload.codecs.base import Block, Codec, Payload
-from offload.codecs.distinct import chunk_rows, sample_places
+from offload.codecs.distinct import chunk_rows, sample_step
 from offload.codecs.index_list import IndexList, IndexLists
 from offload.codecs.table import TablePayload
 
@@ -48,7 +48,8 @@ def _sample_agrees(block: Block, width_bytes: int, index: IndexList) -> bool:
     lanes = block.lanes(width_bytes)
     if lanes is None:
         return False
-    places = sample_places(len(lanes), min(len(lanes), _NUM_SAMPLED), lanes.device)
+    size = min(index.num_rows, _NUM_SAMPLED)
+    places = torch.arange(size, device=lanes.device) * sample_step(index.num_rows, size)
     theirs = index.first.index_select(0, index.numbers_at(places))
     return torch.equal(lanes.index_select(0, theirs), lanes.index_select(0, places))
 
