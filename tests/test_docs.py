@@ -94,9 +94,9 @@ def check_command(words: list[str]) -> None:
 
 def parse(arguments: list[str]) -> None:
     """Run the command line's own parser, and nothing behind it; exits where that does."""
-    from integrations.commands import build_parser
+    from integrations.commands import _parser
 
-    build_parser().parse_args(arguments)
+    _parser().parse_args(arguments)
 
 
 def check_module(module: str, arguments: list[str]) -> None:

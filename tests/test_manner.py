@@ -16,6 +16,8 @@ MAX_BODY_LINES = 40
 VAGUE_WORDS = {
     *("manager", "helper", "helpers", "util", "utils", "processor", "engine", "tracker", "data", "info"),
 }
+GIVEN_NAMES = {("recipe", "data")}  # the option of `edkm finetune` is called so
+PICKLES = {"pickle", "marshal", "shelve", "dill"}
 # A table at module level is annotated with one of these, so that mypy refuses a write to it.
 READ_ONLY = re.compile(r"^(Final\[)?(Mapping|Sequence|Collection|Set|Iterable)\b")
 MUTABLE_DISPLAYS = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
@@ -95,7 +97,9 @@ def defined_names(path: Path) -> Iterator[tuple[int, str]]:
 @pytest.mark.parametrize("path", OURS, ids=name_of)
 def test_names_say_something(path: Path) -> None:
     vague = [
-        f"{name_of(path)}:{line} {name}" for line, name in defined_names(path) if words(name) & VAGUE_WORDS
+        f"{name_of(path)}:{line} {name}"
+        for line, name in defined_names(path)
+        if words(name) & VAGUE_WORDS and (path.stem, name) not in GIVEN_NAMES
     ]
     assert not vague, vague
 
@@ -151,11 +155,25 @@ def test_records_are_frozen() -> None:
     assert not breaches, breaches
 
 
+def unpickling(node: ast.AST) -> bool:
+    """Return whether this reads bytes that could run code; naming pickle's errors does not."""
+    if isinstance(node, ast.ImportFrom):
+        return node.module in PICKLES and any(not alias.name.endswith("Error") for alias in node.names)
+    if isinstance(node, ast.Attribute):
+        return ast.unparse(node.value) in PICKLES and not node.attr.endswith("Error")
+    is_load = isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
+    return is_load and "weights_only=True" not in ast.unparse(node)
+
+
 @pytest.mark.parametrize("path", OURS, ids=name_of)
 def test_no_bytes_are_unpickled(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
-        imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        imported += [node.module] if isinstance(node, ast.ImportFrom) else []
-        assert not {"pickle", "marshal", "shelve", "dill"} & set(imported), f"{name_of(path)}:{node.lineno}"
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
-            assert "weights_only=True" in ast.unparse(node), f"{name_of(path)}:{node.lineno}"
+    breaches = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if unpickling(node)]
+    assert not breaches, f"{name_of(path)}: lines {breaches}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["pickle.loads(b)", "from pickle import load", "torch.load(p)", "torch.load(p, weights_only=False)"],
+)
+def test_unpickling_is_seen(source: str) -> None:
+    assert any(unpickling(node) for node in ast.walk(ast.parse(source)))
