@@ -35,9 +35,8 @@ class StorageRecord:
         self._entry_version = -1
 
     def entry(self, version: int) -> Entry | None:
-        """Return the living entry kept by reference at `version`, if any."""
-        entry = self._entry() if self._entry is not None and self._entry_version == version else None
-        return entry if entry is not None and entry.is_reference else None
+        """Return the living entry of `version`, if any."""
+        return self._entry() if self._entry is not None and self._entry_version == version else None
 
     def put(self, entry: Entry, version: int) -> None:
         """Make `entry` the one that is found for `version`."""
@@ -96,15 +95,18 @@ class ContentIndex:
     """Living entries by the hash of their bytes, the number of bytes and the device."""
 
     def __init__(self) -> None:
-        self._entries: weakref.WeakValueDictionary[tuple[bytes, int, torch.device], Entry] = weakref.WeakValueDictionary()
+        self._entries: weakref.WeakValueDictionary[tuple[bytes, int, torch.device], Entry] = (
+            weakref.WeakValueDictionary()
+        )
 
     def find(self, digest: bytes, source: Tensor) -> Entry | None:
         """Return a living entry with these bytes on the same device, if any."""
         return self._entries.get(self._key(digest, source))
 
-    def put(self, digest: bytes, source: Tensor, *, entry: Entry) -> None:
-        """Make `entry` the one that is found for these bytes."""
-        self._entries[self._key(digest, source)] = entry
+    def put(self, entry: Entry, source: Tensor) -> None:
+        """Make `entry`, which holds the bytes of `source`, the one that is found for them."""
+        if entry.digest is not None:
+            self._entries[self._key(entry.digest, source)] = entry
 
     @staticmethod
     def _key(digest: bytes, source: Tensor) -> tuple[bytes, int, torch.device]:

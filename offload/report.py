@@ -16,7 +16,9 @@ def report_text(stats: Stats, rows: Sequence[Row]) -> str:
     shown = sorted(rows, key=lambda row: -row.saved_bytes)[:_NUM_ROWS]
     if shown:
         width = max(len(row.site) for row in shown)
-        lines += [f"{'saved':>11} {'num':>5}  {'by':<{width}}  what"] + [_row_text(row, width) for row in shown]
+        lines += [f"{'saved':>11} {'num':>5}  {'by':<{width}}  what"] + [
+            _row_text(row, width) for row in shown
+        ]
     if len(rows) > len(shown):
         lines.append(f"and {len(rows) - len(shown)} smaller rows")
     return "\n".join(lines)

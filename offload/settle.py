@@ -1,7 +1,9 @@
 """From a saved tensor to its payload, in two steps: admitted at pack, settled once its operator has returned.
 
-An operator may fill a tensor after it saved it (`rrelu` does), so pack only takes a reference. Autograd's sequence number moves with
-every node: a later save under another number proves that the operator has returned, and only then are bytes hashed and encoded.
+An operator may fill a tensor after it saved it (`rrelu` does), so pack takes a reference and the hash of the bytes. Autograd's sequence
+number moves with every node: a later save under another number proves that the operator has returned, and only then is content matched
+and encoded, provided that the bytes still have the hash they had at pack. Where they do not, the tensor stays a reference, which is
+what plain autograd has.
 """
 
 import threading
@@ -18,7 +20,7 @@ from offload.codecs.choose import encode_best
 from offload.codecs.index_list import IndexLists
 from offload.codecs.raw import RawPayload
 from offload.dedupe import ContentIndex, StorageIndex, StorageRecord, digest_of
-from offload.handle import Content, Encoded, Entry, Reference
+from offload.handle import Content, Encoded, Entry, Handle, Reference
 from offload.layout import Layout, block_of
 from offload.select import is_window
 from offload.stats import Ledger, Row
@@ -52,26 +54,29 @@ class Settler:
         self._storages.begin_step()
         self._ledger.reset_peak()
 
-    def admit(self, layout: Layout, source: Tensor, *, row: Row) -> tuple[Entry, int]:
-        """Return the entry of a save and the bytes of its storage if this step had not saved it before, else 0."""
+    def admit(self, layout: Layout, source: Tensor, *, row: Row) -> tuple[Handle, int]:
+        """Return the handle of a save and the bytes of its storage if this step had not saved it before, else 0."""
         record = self._storages.record(source.untyped_storage())
         storage_bytes = self._storages.count(record)
-        worth_reading = self._is_worth_reading(layout, record)
-        entry = record.entry(source._version) if self._dedupe else None
-        if entry is not None and (entry.is_queued or not worth_reading):
-            row.count("storage")
-            return entry, storage_bytes
-        if entry is None:
-            charge = self._storages.charge(record) if self._dedupe else self._ledger.charge(layout.span_bytes())
-            entry = Entry(Reference(source, num_bytes=record.num_bytes, charge=charge))
-            record.put(entry, source._version)
-        if worth_reading:
-            entry.is_queued = True
-            sequence = torch.autograd._get_sequence_nr()
-            self._queue.pending.append(Pending(sequence, weakref.ref(entry), layout, record, row))
-        else:
+        if record.num_bytes < self._min_bytes or is_window(
+            layout.span_bytes(), storage_bytes=record.num_bytes
+        ):
             row.count("reference")
-        return entry, storage_bytes
+            return Handle(self._new_entry(layout, source, record), layout=layout), storage_bytes
+        digest = digest_of(source)
+        known = record.entry(source._version) if self._dedupe else None
+        if known is not None and isinstance(known.content, Reference):
+            if known.digest == digest:
+                row.count("storage")
+                return Handle(known, layout=layout, saver=known.content.add(source)), storage_bytes
+            known.follows = True
+        entry = self._new_entry(
+            layout, source, record, digest=digest, follows=known is not None and known.follows
+        )
+        record.put(entry, source._version)
+        sequence = torch.autograd._get_sequence_nr()
+        self._queue.pending.append(Pending(sequence, weakref.ref(entry), layout, record, row))
+        return Handle(entry, layout=layout), storage_bytes
 
     def settle_returned(self) -> None:
         """Settle what this thread saved under an earlier node than the one being built."""
@@ -90,45 +95,70 @@ class Settler:
         """Leave what this thread saved by reference."""
         self._queue.pending.clear()
 
-    def _is_worth_reading(self, layout: Layout, record: StorageRecord) -> bool:
-        return record.num_bytes >= self._min_bytes and not is_window(layout.span_bytes(), storage_bytes=record.num_bytes)
+    def _new_entry(
+        self,
+        layout: Layout,
+        source: Tensor,
+        record: StorageRecord,
+        *,
+        digest: bytes | None = None,
+        follows: bool = False,
+    ) -> Entry:
+        charge = self._storages.charge(record) if self._dedupe else self._ledger.charge(layout.span_bytes())
+        return Entry(
+            Reference(source, num_bytes=record.num_bytes, charge=charge), digest=digest, follows=follows
+        )
 
     def _settle(self, pending: Pending) -> None:
         entry = pending.entry()
-        if entry is None or not isinstance(entry.content, Reference) or entry.content.is_stale:
-            pending.row.count("reference")
-            return
-        pending.row.count(self._place(entry, entry.content.source, pending))
+        stage = "reference" if entry is None else self._place(entry, pending.layout, pending.record)
+        pending.row.count(stage)
 
-    def _place(self, entry: Entry, source: Tensor, pending: Pending) -> str:
-        """Give `entry` its payload and return the name of the stage that had one."""
-        layout, record = pending.layout, pending.record
-        if not self._dedupe:
-            stage, entry.content = self._encode(source, layout) or ("copy", self._copy(source, layout))
-            return stage
-        digest = digest_of(source)
-        stage = "content"
-        content = self._find_shared(digest, source, layout)
-        if content is None:
-            # A version seen before with other bytes: somebody writes behind PyTorch's counter. The earlier saves have copies, so this
-            # one must have one too, or a gradient would mix old bytes with new ones (Law 4).
-            must_copy = record.copied_version == source._version
-            stage, content = self._encode(source, layout) or ("copy", self._copy(source, layout) if must_copy else None)
-            self._contents.put(digest, source, entry=entry)
+    def _place(self, entry: Entry, layout: Layout, record: StorageRecord) -> str:
+        """Give `entry` bytes of its own where a stage has a reason to, and return the name of the stage."""
+        reference = entry.content
+        if entry.follows or not isinstance(reference, Reference) or reference.is_stale:
+            return "reference"
+        source = reference.source
+        stage, content = self._own_bytes(entry.digest or b"", source, layout, record)
+        if content is not None and digest_of(source) != entry.digest:
+            entry.follows, content = True, None
+        if self._dedupe and stage != "content" and not entry.follows:
+            self._contents.put(entry, source)
         if content is None:
             return "reference"
         entry.content = content
         record.copied_version = source._version
         return stage
 
-    def _find_shared(self, digest: bytes, source: Tensor, layout: Layout) -> Content | None:
+    def _own_bytes(
+        self, digest: bytes, source: Tensor, layout: Layout, record: StorageRecord
+    ) -> tuple[str, Content | None]:
+        """Return bytes apart from the storage and the stage that has them, or None where a reference will do."""
+        shared = self._find_content(digest, source, layout) if self._dedupe else None
+        if shared is not None:
+            return "content", shared
+        encoded = self._encode(source, layout)
+        if encoded is not None:
+            return encoded
+        # Without dedupe every save has a copy. With it, a version of which an earlier save has bytes of its own was written behind
+        # PyTorch's counter: a reference would make one gradient of old bytes and new ones (Law 4).
+        if not self._dedupe or record.copied_version == source._version:
+            return "copy", self._copy(source, layout)
+        return "reference", None
+
+    def _find_content(self, digest: bytes, source: Tensor, layout: Layout) -> Content | None:
         """Return the content of a living entry with the same bytes; one kept by reference takes a copy of its own first."""
         known = self._contents.find(digest, source)
         if known is None or not isinstance(known.content, Reference):
             return known.content if known is not None else None
         theirs = known.content.source
-        # Written to since, behind the counter or not: its later saves share the reference and follow the storage, as in plain autograd.
-        if known.content.is_stale or digest_of(theirs) != digest:
+        if (
+            known.follows
+            or known.content.is_stale
+            or digest_of(theirs) != digest
+            or digest_of(source) != digest
+        ):
             return None
         self._storages.record(theirs.untyped_storage()).copied_version = theirs._version
         known.content = self._copy(source, layout)
@@ -146,7 +176,9 @@ class Settler:
 
     def _copy(self, source: Tensor, layout: Layout) -> Content:
         block, start = block_of(source, layout, whole_storage=self._dedupe)
-        return Encoded(RawPayload(block.flat.clone()), start=start, charge=self._ledger.charge(block.num_bytes))
+        return Encoded(
+            RawPayload(block.flat.clone()), start=start, charge=self._ledger.charge(block.num_bytes)
+        )
 
 
 class _Queue(threading.local):

@@ -1,12 +1,13 @@
 """By whom a tensor was saved: the innermost line of Python outside torch and this package."""
 
+import os
 import sys
 from pathlib import Path
 from types import CodeType
 
 import torch
 
-_PACKAGES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_PACKAGES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}")
 
 
 class Sites:

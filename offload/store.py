@@ -1,7 +1,7 @@
 """The context manager: the two hooks and the order of the stages.
 
-    pack:   select -> lift -> (once the op has returned) dedupe -> encode -> Handle
-    unpack: Handle -> decode -> lay -> tensor
+pack:   select -> lift -> (once the op has returned) dedupe -> encode -> Handle
+unpack: Handle -> decode -> lay -> tensor
 """
 
 import threading
@@ -39,7 +39,9 @@ class SavedTensorStore:
         ValueError: `min_bytes` is negative.
     """
 
-    def __init__(self, *, dedupe: bool = True, uniquify: bool | Sequence[Codec] = False, min_bytes: int = 4096) -> None:
+    def __init__(
+        self, *, dedupe: bool = True, uniquify: bool | Sequence[Codec] = False, min_bytes: int = 4096
+    ) -> None:
         if min_bytes < 0:
             raise ValueError(f"SavedTensorStore: min_bytes is {min_bytes} bytes; give 0 or more")
         self._ledger = Ledger()
@@ -52,12 +54,12 @@ class SavedTensorStore:
 
     def __enter__(self) -> "SavedTensorStore":
         hooks = saved_tensors_hooks(self._pack, self._unpack)
+        hooks.__enter__()
         with self._lock:
             if self._num_entered == 0:
                 self._counts = Counts()
                 self._settler.begin_step()
             self._num_entered += 1
-        hooks.__enter__()
         self._entered.hooks.append(hooks)
         return self
 
@@ -93,12 +95,12 @@ class SavedTensorStore:
             row = self._counts.row(self._sites.calling(), tensor.shape, tensor.dtype)
             if kind is not Kind.PLAIN:
                 row.count(kind.value)
-                return Handle(Entry(Reference(tensor.detach(), num_bytes=0)), None)
+                return Handle(Entry(Reference(tensor.detach())))
             layout, source = lift(tensor)
             row.saved_bytes += source.nbytes
-            entry, new_storage_bytes = self._settler.admit(layout, source, row=row)
+            handle, new_storage_bytes = self._settler.admit(layout, source, row=row)
             self._counts.storage_bytes += new_storage_bytes
-            return Handle(entry, layout)
+            return handle
 
     def _unpack(self, handle: Handle) -> Tensor:
         return handle.open()
@@ -117,5 +119,7 @@ def _codecs_of(uniquify: bool | Sequence[Codec]) -> tuple[Codec, ...]:
     codecs = tuple(uniquify)
     for codec in codecs:
         if not isinstance(codec, Codec):
-            raise TypeError(f"SavedTensorStore: uniquify holds {codec!r}; give True, False or a sequence of Codec objects")
+            raise TypeError(
+                f"SavedTensorStore: uniquify holds {codec!r}; give True, False or a sequence of Codec objects"
+            )
     return codecs

@@ -45,7 +45,9 @@ def awkward_tensors() -> list[Tensor]:
     mask = torch.rand(37, 53) > 0.5
     rows = torch.randn(5, 8)[torch.randint(5, (1001,))]
     special = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45]).repeat(300)
-    nan_payloads = torch.randint(0x7F80, 0x8000, (999,), dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    nan_payloads = (
+        torch.randint(0x7F80, 0x8000, (999,), dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    )
     return [
         torch.empty(0),
         torch.empty(0, 3, dtype=torch.bfloat16),
@@ -117,9 +119,14 @@ class CodecLaws(ABC):
         for tensor in awkward_tensors():
             if tensor.is_floating_point():
                 gradients = [_gradient(tensor, inside=each) for each in (None, store)]
-                assert torch.equal(_as_bytes(gradients[0]), _as_bytes(gradients[1])), (tensor.shape, tensor.dtype)
+                assert torch.equal(_as_bytes(gradients[0]), _as_bytes(gradients[1])), (
+                    tensor.shape,
+                    tensor.dtype,
+                )
         with pytest.raises(AssertionError):
-            assert torch.equal(_as_bytes(torch.tensor(0.0)), _as_bytes(torch.tensor(-0.0))), "the comparison sees the sign of zero"
+            assert torch.equal(_as_bytes(torch.tensor(0.0)), _as_bytes(torch.tensor(-0.0))), (
+                "the comparison sees the sign of zero"
+            )
 
     def _encode(self, tensor: Tensor, *, limit_bytes: int) -> tuple[Block, Payload | None, Ledger]:
         layout, source = lift(tensor.clone())

@@ -46,7 +46,8 @@ class Block:
         """Return the block as integers `[num_bytes / width_bytes, L]`, a row for each `width_bytes`, or None if they do not divide."""
         if self.num_bytes == 0 or self.num_bytes % width_bytes:
             return None
-        lane_bytes = next(size for size in _LANES if width_bytes % size == 0)
+        aligned = width_bytes | self.flat.storage_offset()
+        lane_bytes = next(size for size in _LANES if aligned % size == 0)
         return self.flat.view(_LANES[lane_bytes]).view(-1, width_bytes // lane_bytes)
 
     def sample(self, width_bytes: int) -> NDArray[Any] | None:
@@ -55,7 +56,9 @@ class Block:
             lanes = self.lanes(width_bytes)
             if lanes is None:
                 return None
-            size = sample_size(lanes.shape[0], limit=self.most_distinct(width_bytes, limit_bytes=self.limit_bytes))
+            size = sample_size(
+                lanes.shape[0], limit=self.most_distinct(width_bytes, limit_bytes=self.limit_bytes)
+            )
             self._samples[width_bytes] = sample_rows(lanes, size=size)
         return self._samples[width_bytes]
 

@@ -35,7 +35,11 @@ class DistinctRows:
         self._limit = limit
         self._count = 0
         first_row = lanes[:1]
-        self._claim(first_row.view(-1, *_item_shape(lanes)), self._hash(first_row), torch.zeros(1, dtype=torch.int64, device=lanes.device))
+        self._claim(
+            first_row.view(-1, *_item_shape(lanes)),
+            self._hash(first_row),
+            torch.zeros(1, dtype=torch.int64, device=lanes.device),
+        )
 
     @property
     def table(self) -> Tensor:

@@ -29,6 +29,11 @@ class IndexList:
         """Where the list lies."""
         return self._packed.device
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the packed list and of `first`."""
+        return self._packed.nbytes + self.first.nbytes
+
     def numbers(self) -> Tensor:
         """Return the list, int32 `[num_rows]`, with values below `len(first)`."""
         return unpack(self._packed, bits=self._bits, num_items=self.num_rows)
@@ -61,7 +66,9 @@ class IndexLists:
 
     def keys(self, num_rows: int, device: torch.device) -> list[IndexList]:
         """Return the youngest living lists with `num_rows` rows on `device`, to try as the key of a new block."""
-        living = [each for each in self._by_content.values() if each.num_rows == num_rows and each.device == device]
+        living = [
+            each for each in self._by_content.values() if each.num_rows == num_rows and each.device == device
+        ]
         return living[: -_NUM_KEYS_TRIED - 1 : -1]
 
 

@@ -24,14 +24,22 @@ class Keyed(Codec):
 
     def estimate_bytes(self, block: Block, *, limit_bytes: int, lists: IndexLists) -> int | None:
         """Return the bytes of the smallest table whose list agrees with a sample of the block, or None without one."""
-        sizes = [width * len(index.first) for width, index in _candidates(block, lists) if _sample_agrees(block, width, index)]
+        sizes = [
+            width * len(index.first)
+            for width, index in _candidates(block, lists)
+            if _is_small(index, width, limit_bytes, block) and _sample_agrees(block, width, index)
+        ]
         return min(sizes, default=None)
 
     def encode(self, block: Block, *, limit_bytes: int, lists: IndexLists) -> Payload | None:
         """Return the first table within `limit_bytes` that reproduces every row through a living list, or None."""
         for width, index in _candidates(block, lists):
             lanes = block.lanes(width)
-            if lanes is None or width * len(index.first) > limit_bytes or not _sample_agrees(block, width, index):
+            if (
+                lanes is None
+                or not _is_small(index, width, limit_bytes, block)
+                or not _sample_agrees(block, width, index)
+            ):
                 continue
             table = lanes.index_select(0, index.first)
             if _agrees(lanes, table, index.numbers()):
@@ -41,7 +49,17 @@ class Keyed(Codec):
 
 def _candidates(block: Block, lists: IndexLists) -> list[tuple[int, IndexList]]:
     widths = {block.row_bytes, block.item_bytes}
-    return [(width, index) for width in widths for index in lists.keys(block.num_bytes // width, block.flat.device)]
+    return [
+        (width, index)
+        for width in widths
+        for index in lists.keys(block.num_bytes // width, block.flat.device)
+    ]
+
+
+def _is_small(index: IndexList, width_bytes: int, limit_bytes: int, block: Block) -> bool:
+    # The list may outlive the payloads it was made for: with it, too, the block must not grow (Law 7).
+    table_bytes = width_bytes * len(index.first)
+    return table_bytes <= limit_bytes and table_bytes + index.num_bytes <= max(limit_bytes, block.num_bytes)
 
 
 def _sample_agrees(block: Block, width_bytes: int, index: IndexList) -> bool:

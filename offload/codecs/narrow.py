@@ -39,7 +39,9 @@ class Narrow(Codec):
         payload_bytes = len(varying) * 2 * len(parts) + first.nbytes
         if payload_bytes > limit_bytes:
             return None
-        return NarrowPayload({number: parts[:, number].clone() for number in varying}, first=first, num_items=len(parts))
+        return NarrowPayload(
+            {number: parts[:, number].clone() for number in varying}, first=first, num_items=len(parts)
+        )
 
 
 class NarrowPayload(Payload):

@@ -53,7 +53,9 @@ def unpack_at(packed: Tensor, places: Tensor, *, bits: int, num_items: int) -> T
         if plane < 8:
             segment_bytes = values.numel()
             segment = places // segment_bytes
-            values = values.index_select(0, places - segment * segment_bytes).to(torch.int32) >> segment * plane
+            values = (
+                values.index_select(0, places - segment * segment_bytes).to(torch.int32) >> segment * plane
+            )
         else:
             values = values.index_select(0, places).to(torch.int32)
         items |= (values & ((1 << plane) - 1)).to(torch.int32) << shift
