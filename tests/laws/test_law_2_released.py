@@ -1,0 +1,5 @@
+"""Law 2, released."""
+
+
+def test_x(store):
+    pass
