@@ -1,7 +1,10 @@
-"""One copy per storage and per content: living storage + version, confirmed by a 128-bit hash of the bytes (Law 5)."""
+"""One copy per storage and per content: living storage + version, confirmed by a 128-bit hash of the bytes
+(Law 5).
+"""
 
 import ctypes
 import weakref
+from collections.abc import Callable
 
 import torch
 import xxhash
@@ -17,10 +20,11 @@ _READ_ONLY = 0x100  # PyBUF_READ
 
 
 class StorageRecord:
-    """What the store knows of one living storage. All references are weak: handles own entries, entries own charges.
+    """What the store knows of one living storage. All references are weak: handles own entries, entries own
+    charges.
 
-    A version only grows, so the newest alone can be saved again. `copied_version` is one of which some save has bytes of its own, apart
-    from the storage.
+    A version only grows, so the newest alone can be saved again. `copied_version` is one of which some save
+    has bytes of its own, apart from the storage.
     """
 
     __slots__ = ("_entry", "_entry_version", "alive", "charge", "copied_version", "counted_step", "num_bytes")
@@ -44,6 +48,24 @@ class StorageRecord:
         self._entry_version = version
 
 
+class _StorageRef(weakref.ref[torch.UntypedStorage]):
+    """A weak reference that remembers the key of its record."""
+
+    __slots__ = ("key",)
+
+    def __new__(
+        cls, storage: torch.UntypedStorage, forget: "Callable[[weakref.ref[torch.UntypedStorage]], None]"
+    ) -> "_StorageRef":
+        reference = super().__new__(cls, storage, forget)
+        reference.key = id(storage)
+        return reference
+
+    def __init__(
+        self, storage: torch.UntypedStorage, forget: "Callable[[weakref.ref[torch.UntypedStorage]], None]"
+    ) -> None:
+        super().__init__(storage, forget)
+
+
 class StorageIndex:
     """Living storages by identity. An address may come back after a free; a dead weak reference never does."""
 
@@ -58,22 +80,17 @@ class StorageIndex:
 
     def record(self, storage: torch.UntypedStorage) -> StorageRecord:
         """Return the record of `storage`, a new one when it was not seen alive before."""
-        key = id(storage)
-        record = self._records.get(key)
+        record = self._records.get(id(storage))
         if record is None or record.alive() is not storage:
-            record = self._records[key] = StorageRecord(self._watch(storage, key))
+            record = self._records[id(storage)] = StorageRecord(_StorageRef(storage, self._forget))
         record.num_bytes = storage.nbytes()
         return record
 
-    def _watch(self, storage: torch.UntypedStorage, key: int) -> "weakref.ref[torch.UntypedStorage]":
-        records = self._records
-
-        def forget(dead: "weakref.ref[torch.UntypedStorage]") -> None:
-            known = records.get(key)
-            if known is not None and known.alive is dead:
-                del records[key]
-
-        return weakref.ref(storage, forget)
+    def _forget(self, dead: "weakref.ref[torch.UntypedStorage]") -> None:
+        assert isinstance(dead, _StorageRef), "records are watched by these alone"
+        known = self._records.get(dead.key)
+        if known is not None and known.alive is dead:
+            del self._records[dead.key]
 
     def count(self, record: StorageRecord) -> int:
         """Return the bytes of the storage the first time in a step, 0 after that."""
@@ -116,8 +133,8 @@ class ContentIndex:
 def digest_of(source: Tensor) -> bytes:
     """Return the xxh3-128 digest of the whole storage of `source`, 16 bytes.
 
-    Read through a raw buffer: `Tensor.numpy()` would make the storage non-resizable for ever, which breaks FSDP2. A storage on
-    another device is copied to the host first.
+    Read through a raw buffer: `Tensor.numpy()` would make the storage non-resizable for ever, which breaks
+    FSDP2. A storage on another device is copied to the host first.
     """
     storage = source.untyped_storage()
     if storage.device.type != "cpu":

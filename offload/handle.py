@@ -1,7 +1,7 @@
 """What autograd keeps, and the payload behind it.
 
-A `Handle` is what autograd holds for one save; it owns its `Entry`, an entry owns one `Content`. The last handle's end frees the
-payload by reference count; nothing else owns any of the three.
+A `Handle` is what autograd holds for one save; it owns its `Entry`, an entry owns one `Content`. The last
+handle's end frees the payload by reference count; nothing else owns any of the three.
 """
 
 from abc import ABC, abstractmethod
@@ -25,10 +25,11 @@ class Content(ABC):
 
 
 class Reference(Content):
-    """The saved tensors themselves, one alias a save, each refused at unpack once it was changed in place (Law 4).
+    """The saved tensors themselves, one alias a save, each refused at unpack once it was changed in place
+    (Law 4).
 
-    Every save keeps an alias of its own because `x` and `x.data` share a storage and not a version counter. Owns the aliases, so the
-    storage lives.
+    Every save keeps an alias of its own because `x` and `x.data` share a storage and not a version counter.
+    Owns the aliases, so the storage lives.
     """
 
     __slots__ = ("_charge", "_num_bytes", "_savers")
@@ -78,7 +79,9 @@ class Reference(Content):
 
 
 class Encoded(Content):
-    """Bytes of the store's own, from byte `start` of the storage they were taken from. Owns payload and charge."""
+    """Bytes of the store's own, from byte `start` of the storage they were taken from. Owns payload and
+    charge.
+    """
 
     __slots__ = ("_charge", "_payload", "_start")
 
@@ -96,8 +99,9 @@ class Encoded(Content):
 class Entry:
     """One payload, shared by the handles of all views of one storage at one version.
 
-    `digest` is that of the storage's bytes at pack, None if they were not read. `follows` marks a storage that was seen to be written
-    behind its version counter: the entry then stays a reference, and its tensors follow the storage as they do in plain autograd.
+    `digest` is that of the storage's bytes at pack, None if they were not read. `follows` marks a storage
+    that was seen to be written behind its version counter: the entry then stays a reference, and its tensors
+    follow the storage as they do in plain autograd.
     """
 
     __slots__ = ("__weakref__", "content", "digest", "follows")

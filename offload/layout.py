@@ -33,7 +33,9 @@ class Layout(NamedTuple):
         return num_items * self.dtype.itemsize
 
     def row_items(self, num_items: int) -> int:
-        """Return the items in a row when the tensor covers `num_items` densely in rows of its unit-stride dim, else 1."""
+        """Return the items in a row when the tensor covers `num_items` densely in rows of its unit-stride
+        dim, else 1.
+        """
         if self.shape.numel() != num_items or num_items == 0:
             return 1
         dims = sorted((s, n) for s, n in zip(self.stride, self.shape, strict=True) if n != 1)
@@ -43,8 +45,8 @@ class Layout(NamedTuple):
 def lift(tensor: Tensor) -> tuple[Layout, Tensor]:
     """Return the layout of a strided tensor and a detached alias of it with conj and neg resolved lazily.
 
-    The alias shares storage and version counter with `tensor` and owns no graph: keeping the tensor itself would tie the
-    node being built to itself.
+    The alias shares storage and version counter with `tensor` and owns no graph: keeping the tensor itself
+    would tie the node being built to itself.
     """
     alias = tensor.detach()
     conj, neg = alias.is_conj(), alias.is_neg()
@@ -57,7 +59,9 @@ def lift(tensor: Tensor) -> tuple[Layout, Tensor]:
 
 
 def block_of(source: Tensor, layout: Layout, *, whole_storage: bool) -> tuple[Block, int]:
-    """Return the bytes of the storage of `source`, or only those that `layout` reaches, as a block, and the first one's number."""
+    """Return the bytes of the storage of `source`, or only those that `layout` reaches, as a block, and the
+    first one's number.
+    """
     storage = source.untyped_storage()
     start, stop = (0, storage.nbytes()) if whole_storage else layout.span()
     flat = torch.empty(0, dtype=torch.uint8, device=source.device).set_(storage, start, (stop - start,), (1,))
@@ -66,7 +70,9 @@ def block_of(source: Tensor, layout: Layout, *, whole_storage: bool) -> tuple[Bl
 
 
 def lay(layout: Layout, alias: Tensor) -> Tensor:
-    """Return a tensor with `layout` on the storage of `alias`, sharing its version counter where the dtype is equal."""
+    """Return a tensor with `layout` on the storage of `alias`, sharing its version counter where the dtype is
+    equal.
+    """
     if alias.dtype == layout.dtype:
         laid = alias.as_strided(layout.shape, layout.stride, layout.offset)
     else:
@@ -75,7 +81,9 @@ def lay(layout: Layout, alias: Tensor) -> Tensor:
 
 
 def lay_bytes(layout: Layout, decoded: Tensor, *, start: int) -> Tensor:
-    """Return a tensor with `layout` on `decoded`, uint8 `[num_bytes]`, a copy of the storage from byte `start` on."""
+    """Return a tensor with `layout` on `decoded`, uint8 `[num_bytes]`, a copy of the storage from byte
+    `start` on.
+    """
     return _resolve(layout, _on_storage(layout, decoded, layout.offset - start // layout.dtype.itemsize))
 
 

@@ -8,7 +8,9 @@ _NUM_ROWS = 20
 
 
 def report_text(stats: Stats, rows: Sequence[Row]) -> str:
-    """Return totals, then a line for each of the 20 rows that saved most: where, what, how much, and what became of it."""
+    """Return totals, then a line for each of the 20 rows that saved most: where, what, how much, and what
+    became of it.
+    """
     lines = [
         f"saved {human_bytes(stats.saved_bytes)} in {stats.num_saved} tensors, on {human_bytes(stats.storage_bytes)} of storage; "
         f"held {human_bytes(stats.held_bytes)}, at most {human_bytes(stats.peak_held_bytes)}"

@@ -5,7 +5,8 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-# A view this much smaller than its storage (a batch cut from a memory-mapped file) is not worth reading all of the storage for.
+# A view this much smaller than its storage (a batch cut from a memory-mapped file) is not worth reading all
+# of the storage for.
 _WINDOW_FRACTION = 16
 
 
@@ -18,19 +19,27 @@ class Kind(Enum):
 
 
 def kind_of(tensor: Tensor) -> Kind:
-    """Return how `tensor` is treated: a parameter or a view of one, a tensor without plain readable storage, or plain.
+    """Return how `tensor` is treated: a parameter or a view of one, a tensor without plain readable storage,
+    or plain.
 
-    FSDP frees and refills the storage of its parameters between pack and unpack, so they must never be copied.
+    FSDP frees and refills the storage of its parameters between pack and unpack, so they must never be
+    copied.
     """
     base = tensor._base
-    if isinstance(tensor, nn.Parameter) or (base is not None and isinstance(base, nn.Parameter)):
+    if (base is not None and isinstance(base, nn.Parameter)) or _is_parameter(tensor):
         return Kind.PARAMETER
     return Kind.PLAIN if _has_plain_storage(tensor) else Kind.OPAQUE
 
 
 def is_window(span_bytes: int, *, storage_bytes: int) -> bool:
-    """Return whether a view reaches so little of its storage that hashing all of it would cost more than it can win."""
+    """Return whether a view reaches so little of its storage that hashing all of it would cost more than it
+    can win.
+    """
     return span_bytes * _WINDOW_FRACTION < storage_bytes
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    return type(tensor) is not Tensor and isinstance(tensor, nn.Parameter)  # the first test is the quick one
 
 
 def _has_plain_storage(tensor: Tensor) -> bool:

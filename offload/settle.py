@@ -1,9 +1,9 @@
 """From a saved tensor to its payload, in two steps: admitted at pack, settled once its operator has returned.
 
-An operator may fill a tensor after it saved it (`rrelu` does), so pack takes a reference and the hash of the bytes. Autograd's sequence
-number moves with every node: a later save under another number proves that the operator has returned, and only then is content matched
-and encoded, provided that the bytes still have the hash they had at pack. Where they do not, the tensor stays a reference, which is
-what plain autograd has.
+An operator may fill a tensor after it saved it (`rrelu` does), so pack takes a reference and the hash of the
+bytes. Autograd's sequence number moves with every node: a later save under another number proves that the
+operator has returned, and only then is content matched and encoded, provided that the bytes still have the
+hash they had at pack. Where they do not, the tensor stays a reference, which is what plain autograd has.
 """
 
 import threading
@@ -55,7 +55,9 @@ class Settler:
         self._ledger.reset_peak()
 
     def admit(self, layout: Layout, source: Tensor, *, row: Row) -> tuple[Handle, int]:
-        """Return the handle of a save and the bytes of its storage if this step had not saved it before, else 0."""
+        """Return the handle of a save and the bytes of its storage if this step had not saved it before, else
+        0.
+        """
         record = self._storages.record(source.untyped_storage())
         storage_bytes = self._storages.count(record)
         if record.num_bytes < self._min_bytes or is_window(
@@ -63,16 +65,12 @@ class Settler:
         ):
             row.count("reference")
             return Handle(self._new_entry(layout, source, record), layout=layout), storage_bytes
-        digest = digest_of(source)
         known = record.entry(source._version) if self._dedupe else None
         if known is not None and isinstance(known.content, Reference):
-            if known.digest == digest:
-                row.count("storage")
-                return Handle(known, layout=layout, saver=known.content.add(source)), storage_bytes
-            known.follows = True
-        entry = self._new_entry(
-            layout, source, record, digest=digest, follows=known is not None and known.follows
-        )
+            # Not hashed again: what is shared is the reference, and it gets bytes of its own only after a check (Law 4).
+            row.count("storage")
+            return Handle(known, layout=layout, saver=known.content.add(source)), storage_bytes
+        entry = self._new_entry(layout, source, record, digest=digest_of(source))
         record.put(entry, source._version)
         sequence = torch.autograd._get_sequence_nr()
         self._queue.pending.append(Pending(sequence, weakref.ref(entry), layout, record, row))
@@ -141,14 +139,17 @@ class Settler:
         encoded = self._encode(source, layout)
         if encoded is not None:
             return encoded
-        # Without dedupe every save has a copy. With it, a version of which an earlier save has bytes of its own was written behind
-        # PyTorch's counter: a reference would make one gradient of old bytes and new ones (Law 4).
+        # Without dedupe every save has a copy. With it, a version of which an earlier save has bytes of its
+        # own was written behind PyTorch's counter: a reference would make one gradient of old bytes and new
+        # ones (Law 4).
         if not self._dedupe or record.copied_version == source._version:
             return "copy", self._copy(source, layout)
         return "reference", None
 
     def _find_content(self, digest: bytes, source: Tensor, layout: Layout) -> Content | None:
-        """Return the content of a living entry with the same bytes; one kept by reference takes a copy of its own first."""
+        """Return the content of a living entry with the same bytes; one kept by reference takes a copy of its
+        own first.
+        """
         known = self._contents.find(digest, source)
         if known is None or not isinstance(known.content, Reference):
             return known.content if known is not None else None

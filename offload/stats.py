@@ -13,10 +13,10 @@ import torch
 class Stats:
     """One reading of a store; all sizes in bytes.
 
-    `saved_bytes` and `storage_bytes` count since the outermost enter, parameters left out; `held_bytes` is current;
-    `peak_held_bytes` is the most held since the outermost enter. `num_by_stage` counts saves by what became of them:
-    "parameter", "opaque" and "reference" (kept by reference), "storage" and "content" (shared with a living entry), "copy", or
-    a codec's name.
+    `saved_bytes` and `storage_bytes` count since the outermost enter, parameters left out; `held_bytes` is
+    current; `peak_held_bytes` is the most held since the outermost enter. `num_by_stage` counts saves by what
+    became of them: "parameter", "opaque" and "reference" (kept by reference), "storage" and "content" (shared
+    with a living entry), "copy", or a codec's name.
     """
 
     saved_bytes: int = 0
@@ -41,7 +41,9 @@ class Charge:
 
 
 class Ledger:
-    """Held bytes, now and at most. Charges may end on any thread at any time; they are booked at the next reading."""
+    """Held bytes, now and at most. Charges may end on any thread at any time; they are booked at the next
+    reading.
+    """
 
     def __init__(self) -> None:
         self._given_back: deque[int] = deque()

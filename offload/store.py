@@ -25,12 +25,15 @@ from offload.stats import Counts, Ledger, Stats
 class SavedTensorStore:
     """Holds what autograd saves inside the context, each content once.
 
-    Use it around any part of a training step; backward may run in or after the context. It may be entered again, and from several
-    threads. What it holds belongs to the autograd graph: the graph's end, by backward or by being dropped, frees it.
+    Use it around any part of a training step; backward may run in or after the context. It may be entered
+    again, and from several threads. What it holds belongs to the autograd graph: the graph's end, by backward
+    or by being dropped, frees it.
 
     Args:
-        dedupe: keep one payload per storage and version, and per content. Without it every save gets a copy of its own.
-        uniquify: hold tensors of few distinct scalars or rows as a table and a packed index, without losing a bit. True takes the
+        dedupe: keep one payload per storage and version, and per content. Without it every save gets a copy
+            of its own.
+        uniquify: hold tensors of few distinct scalars or rows as a table and a packed index, without losing a
+            bit. True takes the
             default codecs; a sequence of codecs takes those.
         min_bytes: tensors on smaller storages are kept by reference.
 

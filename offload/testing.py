@@ -41,7 +41,9 @@ class Forced(Codec):
 
 
 def awkward_tensors() -> list[Tensor]:
-    """Return tensors of the shapes and values that hurt, fresh each time: empty, 0-d, odd, NaN, -0.0, masks, constants, repeating rows."""
+    """Return tensors of the shapes and values that hurt, fresh each time: empty, 0-d, odd, NaN, -0.0, masks,
+    constants, repeating rows.
+    """
     mask = torch.rand(37, 53) > 0.5
     rows = torch.randn(5, 8)[torch.randint(5, (1001,))]
     special = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45]).repeat(300)

@@ -18,8 +18,8 @@ _LANES = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 class Block:
     """The bytes to encode, as they lie on their storage.
 
-    `flat` is uint8 `[num_bytes]` and belongs to the saved tensor: a payload must not keep it. A scalar is `item_bytes` wide, a row
-    `row_items` scalars.
+    `flat` is uint8 `[num_bytes]` and belongs to the saved tensor: a payload must not keep it. A scalar is
+    `item_bytes` wide, a row `row_items` scalars.
     """
 
     flat: Tensor
@@ -43,7 +43,9 @@ class Block:
         return self.item_bytes * self.row_items
 
     def lanes(self, width_bytes: int) -> Tensor | None:
-        """Return the block as integers `[num_bytes / width_bytes, L]`, a row for each `width_bytes`, or None if they do not divide."""
+        """Return the block as integers `[num_bytes / width_bytes, L]`, a row for each `width_bytes`, or None
+        if they do not divide.
+        """
         if self.num_bytes == 0 or self.num_bytes % width_bytes:
             return None
         aligned = width_bytes | self.flat.storage_offset()
@@ -51,7 +53,7 @@ class Block:
         return self.flat.view(_LANES[lane_bytes]).view(-1, width_bytes // lane_bytes)
 
     def sample(self, width_bytes: int) -> NDArray[Any] | None:
-        """Return some rows of `lanes(width_bytes)`, a copy on the host, `[S, L]`; made once, whoever asks."""
+        """Return some rows of `lanes(width_bytes)`, or a part of each, on the host, `[S, L]`; made once."""
         if width_bytes not in self._samples:
             lanes = self.lanes(width_bytes)
             if lanes is None:
@@ -63,7 +65,9 @@ class Block:
         return self._samples[width_bytes]
 
     def most_distinct(self, width_bytes: int, *, limit_bytes: int) -> int:
-        """Return how many distinct rows of `width_bytes` at most a table and its index list can hold in `limit_bytes`."""
+        """Return how many distinct rows of `width_bytes` at most a table and its index list can hold in
+        `limit_bytes`.
+        """
         num_rows = self.num_bytes // width_bytes
         room = 0
         for bits in range(min(16, num_rows.bit_length(), 8 * limit_bytes // num_rows), -1, -1):
@@ -86,11 +90,15 @@ class Payload(ABC):
 
     @abstractmethod
     def decode(self) -> Tensor:
-        """Return the block's bytes, uint8 `[num_bytes]`, in a storage of their own; any number of times (Law 3)."""
+        """Return the block's bytes, uint8 `[num_bytes]`, in a storage of their own; any number of times (Law
+        3).
+        """
 
 
 class Codec(ABC):
-    """A lossless way to hold a block in fewer bytes. Stateless: what codecs share lives in the store's index lists."""
+    """A lossless way to hold a block in fewer bytes. Stateless: what codecs share lives in the store's index
+    lists.
+    """
 
     __slots__ = ()
 
@@ -98,7 +106,9 @@ class Codec(ABC):
 
     @abstractmethod
     def estimate_bytes(self, block: Block, *, limit_bytes: int, lists: IndexLists) -> int | None:
-        """Return about how many bytes the payload would take, from a sample, or None when it looks more than `limit_bytes`."""
+        """Return about how many bytes the payload would take, from a sample, or None when it looks more than
+        `limit_bytes`.
+        """
 
     @abstractmethod
     def encode(self, block: Block, *, limit_bytes: int, lists: IndexLists) -> Payload | None:

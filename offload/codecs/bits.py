@@ -1,7 +1,7 @@
 """Scalars with few distinct bit patterns: a table of patterns and an index of 0 to 16 bits a scalar.
 
-A mask takes 1 bit a scalar whatever its dtype, one value everywhere takes none. Patterns are compared as bits, never as numbers, so
--0.0 and the payloads of NaN come back.
+A mask takes 1 bit a scalar whatever its dtype, one value everywhere takes none. Patterns are compared as
+bits, never as numbers, so -0.0 and the payloads of NaN come back.
 """
 
 from offload.codecs.base import Block, Codec, Payload

@@ -7,10 +7,12 @@ from offload.codecs.index_list import IndexLists
 
 
 def encode_best(block: Block, codecs: Sequence[Codec], *, lists: IndexLists) -> tuple[str, Payload] | None:
-    """Return the name of the codec that won and its payload, or None when none makes the block about half as large (Law 7).
+    """Return the name of the codec that won and its payload, or None when none makes the block about half as
+    large (Law 7).
 
-    Codecs stand in the order of their cost in time. Each gives an estimate from a sample, and a later one must promise half of what
-    the ones before it do: bytes that few are not worth a dearer way. The best promise encodes first, then the ones before it.
+    Codecs stand in the order of their cost in time. Each gives an estimate from a sample, and a later one
+    must promise half of what the ones before it do: bytes that few are not worth a dearer way. The best
+    promise encodes first, then the ones before it.
     """
     limit_bytes = block.limit_bytes
     promising: list[Codec] = []

@@ -1,4 +1,6 @@
-"""Find the distinct rows of a block and each row's number among them: an exact hash table in tensor operations."""
+"""Find the distinct rows of a block and each row's number among them: an exact hash table in tensor
+operations.
+"""
 
 from typing import Any
 
@@ -14,8 +16,8 @@ MAX_DISTINCT = 1 << 16
 
 _CHUNK_BYTES = 1 << 22
 _FIRST_CHUNK_ROWS = 1024
-_SAMPLE_WORK = 4  # a sample of 4 * sqrt(2 D) rows has 16 expected pairs of equal rows among D distinct ones
-_SAMPLE_LANES = 8
+_SAMPLE_WORK = 2  # a sample of 2 * sqrt(2 D) rows has 4 expected pairs of equal rows among D distinct ones
+_LINE_BYTES = 64
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -24,8 +26,9 @@ class DistinctRows:
 
     def __init__(self, lanes: Tensor, *, limit: int) -> None:
         self._bits = bits_for(16 * limit)
-        # One slot a hash value, and room behind the last for probing without a wrap. An empty slot names row 0, which is always in
-        # the table: the comparison that every row goes through anyway tells whether that is right.
+        # One slot a hash value, and room behind the last for probing without a wrap. An empty slot names row
+        # 0, which is always in the table: the comparison that every row goes through anyway tells whether
+        # that is right.
         num_slots = (1 << self._bits) + limit + 1
         self._slots = torch.zeros(num_slots, dtype=torch.int32, device=lanes.device)
         self._taken = torch.zeros(num_slots, dtype=torch.bool, device=lanes.device)
@@ -52,10 +55,11 @@ class DistinctRows:
         return self._first[: self._count].clone()
 
     def number(self, rows: Tensor, *, start: int) -> Tensor | None:
-        """Return each row's number among the distinct rows, int32 `[n]`, or None once there are more than the limit.
+        """Return each row's number among the distinct rows, int32 `[n]`, or None once there are more than the
+        limit.
 
-        `rows` is `[n, L]`; `start` is the number of the first of them in the block. Every row is compared with the table: the hash only
-        says where to look.
+        `rows` is `[n, L]`; `start` is the number of the first of them in the block. Every row is compared
+        with the table: the hash only says where to look.
         """
         place = self._hash(rows)
         rows = rows.view(-1, *_item_shape(rows))
@@ -107,9 +111,11 @@ class DistinctRows:
 
 
 def number_rows(lanes: Tensor, *, limit: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return `(table [R, L], index int32 [N], first int32 [R])` of the rows of `lanes` `[N, L]`, or None if R would exceed `limit`.
+    """Return `(table [R, L], index int32 [N], first int32 [R])` of the rows of `lanes` `[N, L]`, or None if R
+    would exceed `limit`.
 
-    `table[index]` is `lanes` bit for bit. Reads chunk by chunk, so a block with too many rows costs a part of a pass.
+    `table[index]` is `lanes` bit for bit. Reads chunk by chunk, so a block with too many rows costs a part of
+    a pass.
     """
     limit = min(limit, MAX_DISTINCT, lanes.shape[0])
     if limit < 1:
@@ -138,27 +144,33 @@ def sample_size(num_rows: int, *, limit: int) -> int:
     return min(num_rows, max(64, int(_SAMPLE_WORK * (2 * limit) ** 0.5)))
 
 
-def sample_step(num_rows: int, size: int) -> int:
-    """Return the distance between the rows of a sample: odd, so that it does not keep time with powers of two."""
-    step = num_rows // size
-    return step if step % 2 else max(1, step - 1)
-
-
 def sample_rows(lanes: Tensor, *, size: int) -> NDArray[Any]:
-    """Return `size` rows of `lanes` and at most 8 lanes of each, `[size, L]`, copied to the host."""
-    sample = lanes[:: sample_step(lanes.shape[0], size)][:size]
-    if sample.shape[1] > _SAMPLE_LANES:
-        sample = sample[:, :: -(-sample.shape[1] // _SAMPLE_LANES)]
+    """Return about `size` rows of `lanes`, or 64 bytes from the middle of each, `[S, L]`, copied to the host.
+
+    Taken a cache line at a time from places spread over the block: on a large block a sample costs its cache misses.
+    """
+    num_rows, num_lanes = lanes.shape
+    row_bytes = num_lanes * lanes.element_size()
+    if size < num_rows:
+        run = max(1, _LINE_BYTES // row_bytes)
+        num_runs = -(-size // run) | 1  # odd, so that the places do not keep time with powers of two
+        step = num_rows // num_runs
+        lanes = lanes[: num_runs * step].view(num_runs, step, num_lanes)[:, : min(run, step)]
+    if row_bytes > _LINE_BYTES:
+        middle = num_lanes // 2
+        lanes = lanes[..., middle : middle + _LINE_BYTES // lanes.element_size()]
     # A copy first: numpy() on the saved tensor's own storage would make it non-resizable for ever.
-    return sample.clone(memory_format=torch.contiguous_format).cpu().numpy()
+    sample = lanes.clone(memory_format=torch.contiguous_format).cpu().numpy()
+    return sample.reshape(-1, sample.shape[-1])
 
 
 def estimate_distinct(sample: NDArray[Any], *, num_rows: int, limit: int) -> int | None:
-    """Estimate the distinct rows of a block of `num_rows` from a sample of them, `[S, L]`, or None when they look more than `limit`.
+    """Estimate the distinct rows of a block of `num_rows` from a sample of them, `[S, L]`, or None when they
+    look more than `limit`.
 
     Pairs of equal rows in the sample tell the number by the birthday bound.
     """
-    size = sample.shape[0]
+    size = len(sample)
     if sample.shape[1] > 1:
         sample = (sample.astype(np.int64) * _SAMPLE_MULTIPLIERS[: sample.shape[1]]).sum(1)
     num_seen = len(set(sample.reshape(-1).tolist()))
@@ -178,7 +190,7 @@ def _multipliers(num_lanes: int) -> NDArray[np.int64]:
     return np.array([z | 1 for z in mixed], dtype=np.uint64).view(np.int64)
 
 
-_SAMPLE_MULTIPLIERS = _multipliers(_SAMPLE_LANES)
+_SAMPLE_MULTIPLIERS = _multipliers(_LINE_BYTES)
 
 
 def _item_shape(lanes: Tensor) -> tuple[int, ...]:

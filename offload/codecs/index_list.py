@@ -13,7 +13,9 @@ _NUM_KEYS_TRIED = 4
 
 
 class IndexList:
-    """For each of N rows the number of its distinct row, packed. Owned by the payloads that use it, with its charge."""
+    """For each of N rows the number of its distinct row, packed. Owned by the payloads that use it, with its
+    charge.
+    """
 
     __slots__ = ("__weakref__", "_bits", "_charge", "_packed", "first", "num_rows")
 
@@ -52,8 +54,13 @@ class IndexLists:
             weakref.WeakValueDictionary()
         )
 
+    def __len__(self) -> int:
+        return len(self._by_content)
+
     def keep(self, index: Tensor, *, first: Tensor) -> IndexList:
-        """Return the living list equal to `index`, int32 `[N]`, or a new one; `first`, int32 `[R]`, is where each number stands."""
+        """Return the living list equal to `index`, int32 `[N]`, or a new one; `first`, int32 `[R]`, is where
+        each number stands.
+        """
         bits = bits_for(first.numel())
         packed = pack(index, bits=bits)
         key = (xxhash.xxh3_128_digest(packed.cpu().numpy()), bits, index.numel(), index.device)
@@ -65,7 +72,9 @@ class IndexLists:
         return found
 
     def keys(self, num_rows: int, device: torch.device) -> list[IndexList]:
-        """Return the youngest living lists with `num_rows` rows on `device`, to try as the key of a new block."""
+        """Return the youngest living lists with `num_rows` rows on `device`, to try as the key of a new
+        block.
+        """
         living = [
             each for each in self._by_content.values() if each.num_rows == num_rows and each.device == device
         ]

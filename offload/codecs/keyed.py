@@ -1,14 +1,15 @@
 """Rows that are a function of an index list already held: a table of that list's length, and no new list.
 
-Each map of a clustering graph is computed from the one before, row by row, so its rows are a function of the earlier list although
-their own distinct rows are fewer. A wrong guess of the key costs time and never a bit: every row is compared.
+Each map of a clustering graph is computed from the one before, row by row, so its rows are a function of the
+earlier list although their own distinct rows are fewer. A wrong guess of the key costs time and never a bit:
+every row is compared.
 """
 
 import torch
 from torch import Tensor
 
 from offload.codecs.base import Block, Codec, Payload
-from offload.codecs.distinct import chunk_rows, sample_step
+from offload.codecs.distinct import chunk_rows
 from offload.codecs.index_list import IndexList, IndexLists
 from offload.codecs.table import TablePayload
 
@@ -23,7 +24,9 @@ class Keyed(Codec):
     name = "keyed"
 
     def estimate_bytes(self, block: Block, *, limit_bytes: int, lists: IndexLists) -> int | None:
-        """Return the bytes of the smallest table whose list agrees with a sample of the block, or None without one."""
+        """Return the bytes of the smallest table whose list agrees with a sample of the block, or None
+        without one.
+        """
         sizes = [
             width * len(index.first)
             for width, index in _candidates(block, lists)
@@ -32,7 +35,9 @@ class Keyed(Codec):
         return min(sizes, default=None)
 
     def encode(self, block: Block, *, limit_bytes: int, lists: IndexLists) -> Payload | None:
-        """Return the first table within `limit_bytes` that reproduces every row through a living list, or None."""
+        """Return the first table within `limit_bytes` that reproduces every row through a living list, or
+        None.
+        """
         for width, index in _candidates(block, lists):
             lanes = block.lanes(width)
             if (
@@ -48,6 +53,8 @@ class Keyed(Codec):
 
 
 def _candidates(block: Block, lists: IndexLists) -> list[tuple[int, IndexList]]:
+    if not lists:
+        return []
     widths = {block.row_bytes, block.item_bytes}
     return [
         (width, index)
@@ -67,7 +74,7 @@ def _sample_agrees(block: Block, width_bytes: int, index: IndexList) -> bool:
     if lanes is None:
         return False
     size = min(index.num_rows, _NUM_SAMPLED)
-    places = torch.arange(size, device=lanes.device) * sample_step(index.num_rows, size)
+    places = torch.arange(size, device=lanes.device) * (index.num_rows // size)
     theirs = index.first.index_select(0, index.numbers_at(places))
     return torch.equal(lanes.index_select(0, theirs), lanes.index_select(0, places))
 

@@ -1,7 +1,8 @@
 """Scalars of which some 16-bit parts never vary: those parts are kept once.
 
-A float32 made from a bfloat16 (what a LLaMA's norms save in bf16) has a constant lower half; token numbers in int64 have three constant
-quarters. Encoding and decoding are copies, where a table would be a look-up for each scalar.
+A float32 made from a bfloat16 (what a LLaMA's norms save in bf16) has a constant lower half; token numbers in
+int64 have three constant quarters. Encoding and decoding are copies, where a table would be a look-up for
+each scalar.
 """
 
 import numpy as np

@@ -1,7 +1,8 @@
 """Pack small unsigned integers into planes of 16, 8, 4, 2 and 1 bits.
 
-A width is a sum of plane widths: 11 bits are a plane of 8, one of 2 and one of 1. A plane narrower than a byte is planar: byte `j`
-holds item `j` of each of `8 / width` segments, so packing is a shift and an or over int64 lanes of eight bytes.
+A width is a sum of plane widths: 11 bits are a plane of 8, one of 2 and one of 1. A plane narrower than a
+byte is planar: byte `j` holds item `j` of each of `8 / width` segments, so packing is a shift and an or over
+int64 lanes of eight bytes.
 """
 
 import torch
@@ -21,7 +22,9 @@ def packed_bytes(num_items: int, bits: int) -> int:
 
 
 def pack(items: Tensor, *, bits: int) -> Tensor:
-    """Pack `items`, int32 or int64 `[N]` with values in 0 .. 2**bits - 1, bits at most 16, into uint8 `[packed_bytes(N, bits)]`."""
+    """Pack `items`, int32 or int64 `[N]` with values in 0 .. 2**bits - 1, bits at most 16, into uint8
+    `[packed_bytes(N, bits)]`.
+    """
     packed = torch.empty(packed_bytes(items.numel(), bits), dtype=torch.uint8, device=items.device)
     start, shift = 0, 0
     for plane in _planes(bits):

@@ -1,7 +1,7 @@
 """Rows that repeat: a table of the distinct rows and an index of up to 16 bits a row.
 
-The attention map `[N, K]` of a clustered 16-bit weight has at most 65,536 distinct rows, one for each value of the weight (eDKM's
-uniquification); the output of an embedding has one for each token in the batch.
+The attention map `[N, K]` of a clustered 16-bit weight has at most 65,536 distinct rows, one for each value
+of the weight (eDKM's uniquification); the output of an embedding has one for each token in the batch.
 """
 
 from offload.codecs.base import Block, Codec, Payload

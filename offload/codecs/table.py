@@ -28,7 +28,9 @@ class TablePayload(Payload):
 
 
 def estimate_table(block: Block, width_bytes: int, *, limit_bytes: int) -> int | None:
-    """Return about how many bytes a table of `width_bytes` rows and its list take, or None when a sample says more than the limit."""
+    """Return about how many bytes a table of `width_bytes` rows and its list take, or None when a sample says
+    more than the limit.
+    """
     sample = block.sample(width_bytes)
     if sample is None:
         return None
@@ -39,7 +41,9 @@ def estimate_table(block: Block, width_bytes: int, *, limit_bytes: int) -> int |
 
 
 def encode_table(block: Block, width_bytes: int, *, limit_bytes: int, lists: IndexLists) -> Payload | None:
-    """Return the block as a table of `width_bytes` rows and an index list, or None when that takes more than `limit_bytes`."""
+    """Return the block as a table of `width_bytes` rows and an index list, or None when that takes more than
+    `limit_bytes`.
+    """
     lanes = block.lanes(width_bytes)
     if lanes is None:
         return None
