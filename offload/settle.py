@@ -65,12 +65,15 @@ class Settler:
         ):
             row.count("reference")
             return Handle(self._new_entry(layout, source, record), layout=layout), storage_bytes
+        digest = digest_of(source)
         known = record.entry(source._version) if self._dedupe else None
         if known is not None and isinstance(known.content, Reference):
-            # Not hashed again: what is shared is the reference, and it gets bytes of its own only after a check (Law 4).
-            row.count("storage")
-            return Handle(known, layout=layout, saver=known.content.add(source)), storage_bytes
-        entry = self._new_entry(layout, source, record, digest=digest_of(source))
+            if known.digest == digest:
+                row.count("storage")
+                return Handle(known, layout=layout, saver=known.content.add(source)), storage_bytes
+            known.follows = True
+        follows = known is not None and known.follows
+        entry = self._new_entry(layout, source, record, digest=digest, follows=follows)
         record.put(entry, source._version)
         sequence = torch.autograd._get_sequence_nr()
         self._queue.pending.append(Pending(sequence, weakref.ref(entry), layout, record, row))
