@@ -1,0 +1,118 @@
+"""What stands in front of a clustered weight: soft in training, snapped in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from edkm.config import DKMConfig
+from edkm.dkm import dkm
+from edkm.init import starting_centroids
+from edkm.palette import Palette
+
+
+class ClusteredWeight(nn.Module):
+    """A parametrization: a dense weight in, the weight that the model runs on out.
+
+    Its state is the centroids and the count of steps; only `commit` and `load_state_dict` change it. In evaluation the
+    snapped weight is kept until the dense one's version or address changes, training goes on, or the state changes.
+
+    Arguments:
+        weight: the dense weight, `[out, in]`.
+        bits: of an index.
+        config: the rest.
+        trained_soft: cluster it in training; otherwise it trains dense and is snapped by k-means in evaluation.
+    """
+
+    centroids: torch.Tensor
+    num_steps_done: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, *, bits: int, config: DKMConfig, trained_soft: bool) -> None:
+        super().__init__()
+        self.bits = bits
+        self.config = config
+        self.trained_soft = trained_soft
+        self.forced_soft: bool | None = None
+        self.num_groups = weight.shape[0] // config.group_channels if config.group_channels else 1
+        self._pending: torch.Tensor | None = None
+        self._kept: tuple[object, torch.Tensor] | None = None
+        if trained_soft:
+            self.register_buffer("centroids", self._k_means(weight))
+            self.register_buffer("num_steps_done", torch.zeros((), dtype=torch.int64, device=weight.device))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight to run on; the same bits however often it is read."""
+        soft = self.training if self.forced_soft is None else self.forced_soft
+        if not soft:
+            return self._keep(weight, lambda: self.palette(weight).decode())
+        if not self.trained_soft:
+            return weight
+        if self.training or torch.is_grad_enabled():
+            return self._cluster(weight)
+        return self._keep(weight, lambda: self._cluster(weight))
+
+    def palette(self, weight: torch.Tensor) -> Palette:
+        """The dense weight, snapped."""
+        return Palette.snap(weight, self.centroids if self.trained_soft else self._k_means(weight))
+
+    def commit(self) -> None:
+        """Take the centroids of the first training pass since the last commit over into the next step."""
+        self._kept = None
+        if not self.trained_soft:
+            return
+        self.num_steps_done += 1
+        if self._pending is not None:
+            self.centroids.copy_(self._pending)
+            self._pending = None
+
+    def train(self, mode: bool = True) -> ClusteredWeight:  # noqa: FBT001 - torch's signature
+        """Switch between training and evaluation; what was kept for evaluation goes."""
+        # Some writes leave no trace in a version: fused optimizers, for one.
+        self._kept = None
+        return super().train(mode)
+
+    def _cluster(self, weight: torch.Tensor) -> torch.Tensor:
+        wide = weight.detach().to(self.centroids.dtype)
+        variance = wide.var(correction=0).clamp(min=torch.finfo(wide.dtype).tiny)
+        clustered, centroids = dkm(
+            weight,
+            self.centroids,
+            temperature=variance * self.config.temperature_at(int(self.num_steps_done)),
+            iterations=self.config.iterations,
+            epsilon=self.config.epsilon * float(variance.sqrt()) if self.config.epsilon else 0.0,
+        )
+        if self.training and self._pending is None:
+            self._pending = centroids.detach()
+        return clustered
+
+    def _keep(self, weight: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        key = (self.forced_soft, weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        if self._kept is None or self._kept[0] != key:
+            # Made in inference mode it could not be used outside of it.
+            with torch.inference_mode(mode=False), torch.no_grad():
+                self._kept = (key, compute())
+        return self._kept[1]
+
+    def _k_means(self, weight: torch.Tensor) -> torch.Tensor:
+        return starting_centroids(
+            weight,
+            num_centroids=1 << self.bits,
+            vector_length=self.config.vector_length,
+            num_groups=self.num_groups,
+        )
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ClusteredWeight:  # noqa: FBT001
+        # `model.to(torch.bfloat16)` takes buffers along; centroids stay as wide as they are summed.
+        self._kept = self._pending = None
+        exact = self.centroids if self.trained_soft else None
+        applied = super()._apply(fn, recurse)
+        if exact is not None and self.centroids.dtype != exact.dtype:
+            self.centroids = exact.to(self.centroids.device)
+        return applied
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._kept = self._pending = None
+        super()._load_from_state_dict(*arguments)
