@@ -1,4 +1,7 @@
-"""Small graphs that save in every manner: inputs, outputs, views, masks, indices, maps; each returns a loss and its leaves."""
+"""Small graphs that save in every manner: inputs, outputs, views, masks, indices, maps.
+
+Each returns a loss and its leaves.
+"""
 
 from collections.abc import Callable, Mapping
 

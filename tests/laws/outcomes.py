@@ -37,8 +37,9 @@ def gradient_of(output: Tensor, leaf: Tensor) -> Outcome:
 def is_allowed(got: Outcome, *, plain: Outcome, right: Outcome, blind: bool) -> bool:
     """Return whether Law 4 allows what was got.
 
-    Always the right gradient; else what the run without hooks gives, be it a refusal or bytes. A refusal of the store where
-    plain autograd gives bytes is allowed only when something was written behind PyTorch's counter.
+    Always the right gradient; else what the run without hooks gives, be it a refusal or bytes. A refusal of
+    the store where plain autograd gives bytes is allowed only when something was written behind PyTorch's
+    counter.
     """
     if got.refused_by:
         return bool(plain.refused_by) or (blind and got.refused_by == "store")

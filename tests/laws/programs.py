@@ -1,6 +1,7 @@
 """Random programs of saves and writes on one storage, and what backward gives for each save.
 
-A program is a sequence of words. Each save has a weight of its own, and the weight's gradient is the very bytes that backward read.
+A program is a sequence of words. Each save has a weight of its own, and the weight's gradient is the very
+bytes that backward read.
 """
 
 import random
@@ -19,9 +20,9 @@ MANY = torch.linspace(-3, 3, NUM_ROWS * NUM_COLUMNS).sin().view(NUM_ROWS, NUM_CO
 CONTENTS: Mapping[str, Tensor] = {"few": FEW, "many": MANY, "other": MANY.flip(0) * 3, "one": FEW * 0 + 0.25}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """The state of one program: the tensor `x`, an alias of its storage with a counter of its own, and what was saved."""
+    """One program under way: `x`, an alias of its storage with a counter of its own, and what was saved."""
 
     alone: bool
     x: Tensor
@@ -107,7 +108,7 @@ def draw(number: int, *, blind: bool) -> Sequence[str]:
 
 
 def run(program: Sequence[str], *, around: Around, alone: bool = False) -> list[Outcome]:
-    """Run a program and return the outcome of each save. `alone` keeps every write away from what was saved."""
+    """Run a program and return the outcome of each save; `alone` keeps every write off what was saved."""
     x = CONTENTS[program[0].removeprefix("start ")].clone()
     state = Run(alone, x, x.data)
     stop = program.index("exit")

@@ -1,4 +1,7 @@
-"""Operations that save one tensor: an input or an output, whole or as a view; each gradient tells the bytes that backward read."""
+"""Operations that save one tensor: an input or an output, whole or as a view.
+
+Each gradient tells the bytes that backward read.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
-"""What every law is run over: each way to set a store up, and each codec forced on every tensor it can represent."""
+"""What every law is run over: each way to set a store up, and each codec forced wherever it can be."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from gc import collect, disable, enable, isenabled
+from gc import disable, enable, isenabled
 
 import torch
 from torch import Tensor
@@ -50,7 +50,6 @@ def bits(tensor: Tensor | None) -> bytes:
 @contextmanager
 def no_gc() -> Iterator[None]:
     """Run without the cycle collector, so that only reference counts free."""
-    collect()
     was_enabled = isenabled()
     disable()
     try:

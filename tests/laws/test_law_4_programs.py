@@ -1,4 +1,4 @@
-"""Law 4, fresh, for each saved tensor: random programs of saves and writes on one storage, seen and behind PyTorch's counter."""
+"""Law 4, fresh, save by save: random programs of saves and writes on one storage, seen and blind."""
 
 from collections.abc import Sequence
 from functools import cache

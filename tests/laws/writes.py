@@ -1,4 +1,4 @@
-"""Every way to change a saved tensor in place: those that PyTorch's counter sees, and those that it does not."""
+"""Every way to change a saved tensor in place: those that PyTorch's counter sees, and those it does not."""
 
 import ctypes
 from collections.abc import Callable, Mapping
