@@ -1,0 +1,1 @@
+"""Where the packages meet outside projects: Transformers, and the command line."""

@@ -1,0 +1,148 @@
+"""`edkm finetune`: from a model and a text to a palettized directory."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from edkm import DKMConfig, PaletteError, cluster
+from integrations.checkpoint import Checkpoints
+from integrations.corpus import Row, Sampler
+from integrations.dense import DenseWeights
+from integrations.directory import disk_bytes, made_early, require_vacant
+from integrations.errors import CommandError, told_as_command_error
+from integrations.evaluate import held_out_loss
+from integrations.palettized import write_dense, write_palettized
+from integrations.recipe import DTYPES, Destination, Recipe
+from integrations.text import Reading, Tokenizer, read_training_text
+from integrations.train import Schedule, Training, Weights, train
+from integrations.transformers import load_dense, load_tokenizer, model_context
+
+_MAX_HELD_OUT_ROWS = 64
+_MAX_GAP = 0.01
+
+
+def finetune(recipe: Recipe, destination: Destination) -> dict[str, Any]:
+    """Train a model on clustered weights and write it palettized; a dense control is written dense.
+
+    Arguments:
+        recipe: what to do.
+        destination: where to leave it.
+
+    Returns:
+        What was read, held-out losses before and after, what the store held, what was written.
+
+    Raises:
+        CommandError: the input is bad, the loss is not finite, or the output cannot be written.
+        InterruptedRunError: Ctrl-C or SIGTERM came and a checkpoint was written.
+    """
+    began = time.monotonic()
+    _config(recipe)
+    _require_destination(destination)
+    with made_early(destination.output):
+        tokenizer = load_tokenizer(recipe.model)
+        reading = _read(recipe, tokenizer)
+        corpus, held_out = reading.corpus.hold_out(_MAX_HELD_OUT_ROWS)
+        torch.manual_seed(recipe.seed)
+        model = load_dense(recipe.model, dtype=DTYPES[recipe.dtype])
+        torch.nn.Module.to(model, recipe.device)
+        loss_dense = held_out_loss(model, held_out)
+        weights = _weights(model, recipe)
+        training = Training(
+            model,
+            weights,
+            sampler=Sampler(corpus, batch_size=recipe.batch_size, seed=recipe.seed),
+            schedule=Schedule(recipe.steps, recipe.learning_rate, num_accumulated=recipe.accumulate),
+        )
+        notes = _train(training, recipe=recipe, destination=destination, held_out=held_out)
+        after = training.held_out_losses(held_out)
+        num_dead = sum(weights.num_dead_centroids().values())
+        write = write_dense if recipe.dense else write_palettized
+        write(model, tokenizer=tokenizer, directory=destination.output)
+    _warn_of_gap(after)
+    return {
+        "output": str(destination.output),
+        "bits": None if recipe.dense else recipe.bits,
+        "num_steps": recipe.steps,
+        "num_rows": reading.num_rows,
+        "num_held_out_rows": len(held_out),
+        "num_truncated_rows": reading.num_truncated,
+        "num_dropped_rows": reading.num_dropped,
+        "held_out_loss_dense": loss_dense,
+        "held_out_loss_before": notes["before"],
+        "held_out_loss_after": after,
+        "num_dead_centroids": num_dead,
+        "saved_bytes": notes["saved_bytes"],
+        "peak_held_bytes": notes["peak_held_bytes"],
+        "disk_bytes": disk_bytes(destination.output),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def _require_destination(destination: Destination) -> None:
+    if not destination.resume or not destination.checkpoints.is_dir():
+        require_vacant(destination.output)
+    elif (destination.output / "config.json").exists():
+        raise CommandError(f"{destination.output} is finished: there is nothing to resume")
+
+
+def _read(recipe: Recipe, tokenizer: Tokenizer) -> Reading:
+    context = recipe.max_tokens(model_context(recipe.model))
+    reading = read_training_text(recipe.data, tokenizer, context=context, separator=recipe.separator)
+    if reading.num_truncated or reading.num_dropped:
+        print(
+            f"edkm: of {reading.num_rows} rows {reading.num_truncated} are cut off at {context} tokens "
+            f"and {reading.num_dropped} have nothing to learn from within them",
+            file=sys.stderr,
+        )
+    return reading
+
+
+def _weights(model: nn.Module, recipe: Recipe) -> Weights:
+    if recipe.dense:
+        return DenseWeights(model)
+    with told_as_command_error(PaletteError):
+        return cluster(model, _config(recipe))
+
+
+def _config(recipe: Recipe) -> DKMConfig:
+    with told_as_command_error(ValueError):
+        return DKMConfig(bits=recipe.bits, embedding_bits=recipe.embedding_bits, num_steps=recipe.steps)
+
+
+def _train(
+    training: Training, *, recipe: Recipe, destination: Destination, held_out: Sequence[Row]
+) -> dict[str, Any]:
+    checkpoints = Checkpoints(
+        destination.checkpoints, settings=recipe.settings(), num_kept=destination.checkpoints_kept
+    )
+    state = checkpoints.load() if destination.resume else None
+    if state is None:
+        notes = {"before": training.held_out_losses(held_out)}
+    else:
+        with told_as_command_error(RuntimeError, KeyError, ValueError):
+            training.load_state_dict(state)
+        notes = state["notes"]
+    train(
+        training,
+        num_steps=recipe.steps,
+        checkpoints=checkpoints,
+        interval=destination.checkpoint_interval,
+        notes=notes,
+    )
+    return notes
+
+
+def _warn_of_gap(losses: Mapping[str, float]) -> None:
+    soft, snapped = losses["soft"], losses["snapped"]
+    if snapped > (1.0 + _MAX_GAP) * soft:
+        print(
+            f"edkm: warning: the held-out loss of the snapped weights, {snapped:.4f}, "
+            f"is {snapped / soft - 1:.1%} above that of the soft ones, {soft:.4f}: train for more steps",
+            file=sys.stderr,
+        )

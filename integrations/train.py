@@ -1,0 +1,215 @@
+"""The training loop: clustered and dense models alike, interruptible between two steps."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, NoReturn, Protocol
+
+from torch import nn
+from tqdm import tqdm
+
+from integrations.checkpoint import Checkpoints
+from integrations.corpus import Row, Sampler
+from integrations.errors import CommandError, InterruptedRunError
+from integrations.evaluate import held_out_loss
+from integrations.loss import num_targets, summed_loss
+from integrations.optimizer import MasterAdamW, cosine_factor
+from offload import SavedTensorStore
+
+_MAX_NORM = 1.0
+_WARMUP = 0.05
+
+
+class Weights(Protocol):
+    """The weights that are trained: an `edkm.Clustering`, or the dense control's stand-in for one."""
+
+    def parameter_groups(self, learning_rate: float, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """AdamW groups; the learning rate is a fraction of each weight's rms."""
+
+    def clip_grad_norm_(self, max_norm: float) -> object:
+        """Bound the gradient, measured in units of each weight's rms."""
+
+    def step(self) -> None:
+        """Follow an optimizer step."""
+
+    def soft(self) -> AbstractContextManager[Any]:
+        """Run on the weights that training sees."""
+
+    def snapped(self) -> AbstractContextManager[Any]:
+        """Run on the weights that will be written."""
+
+    def num_dead_centroids(self) -> dict[str, int]:
+        """Centroids that no weight is nearest to, by weight."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train.
+
+    Arguments:
+        num_steps: optimizer steps.
+        learning_rate: at its peak, as a fraction of each weight's rms a step.
+        num_accumulated: batches a step.
+    """
+
+    num_steps: int
+    learning_rate: float
+    num_accumulated: int = 1
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step did.
+
+    Arguments:
+        loss: mean loss of a token, in nats.
+        saved_bytes: what autograd asked to keep for one batch.
+        peak_held_bytes: what the store held for it, at most.
+    """
+
+    loss: float
+    saved_bytes: int
+    peak_held_bytes: int
+
+
+class Training:
+    """A model, the batches it sees and the optimizer that moves it; owns the optimizer's memory.
+
+    Arguments:
+        model: a causal language model, in training mode from here on.
+        weights: what of it is trained.
+        sampler: where the batches come from.
+        schedule: how long and how fast.
+    """
+
+    def __init__(self, model: nn.Module, weights: Weights, *, sampler: Sampler, schedule: Schedule) -> None:
+        self._model = model
+        self._weights = weights
+        self._sampler = sampler
+        self._schedule = schedule
+        self._optimizer = MasterAdamW(weights.parameter_groups(schedule.learning_rate))
+        self._store = SavedTensorStore(uniquify=True)
+        self.num_done = 0
+
+    def step(self) -> StepRecord:
+        """Take one optimizer step.
+
+        Raises:
+            CommandError: the loss is not finite; the weights are as they were before.
+        """
+        batches = [self._sampler.batch() for _ in range(self._schedule.num_accumulated)]
+        num_tokens = max(1, sum(num_targets(batch) for batch in batches))
+        self._model.train()
+        records = [self._backward(batch, num_tokens=num_tokens) for batch in batches]
+        loss = sum(record.loss for record in records)
+        if not math.isfinite(loss):
+            raise CommandError(f"the loss is {loss} at step {self.num_done + 1}: lower --learning-rate")
+        self._weights.clip_grad_norm_(_MAX_NORM)
+        self._optimizer.step(self._factor())
+        self._weights.step()
+        self.num_done += 1
+        return StepRecord(
+            loss=loss,
+            saved_bytes=max(record.saved_bytes for record in records),
+            peak_held_bytes=max(record.peak_held_bytes for record in records),
+        )
+
+    def held_out_losses(self, rows: Sequence[Row]) -> dict[str, float]:
+        """Mean loss of a token on the weights that training sees, and on those that will be written."""
+        with self._weights.soft():
+            soft = held_out_loss(self._model, rows)
+        with self._weights.snapped():
+            return {"soft": soft, "snapped": held_out_loss(self._model, rows)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to go on to the same bits."""
+        return {
+            "num_done": self.num_done,
+            "model": self._model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "sampler": self._sampler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self._model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._sampler.load_state_dict(state["sampler"])
+        self.num_done = state["num_done"]
+
+    def _backward(self, batch: Sequence[Row], *, num_tokens: int) -> StepRecord:
+        with self._store as store:
+            loss = summed_loss(self._model, batch) / num_tokens
+            loss.backward()  # type: ignore[no-untyped-call]
+        stats = store.stats
+        return StepRecord(float(loss.detach()), stats.saved_bytes, stats.peak_held_bytes)
+
+    def _factor(self) -> float:
+        num_steps = self._schedule.num_steps
+        return cosine_factor(self.num_done, num_steps=num_steps, warmup_steps=math.ceil(_WARMUP * num_steps))
+
+
+def train(
+    training: Training, *, num_steps: int, checkpoints: Checkpoints, interval: int, notes: dict[str, Any]
+) -> None:
+    """Train up to `num_steps`, with a progress bar on stderr.
+
+    Arguments:
+        training: what to step.
+        num_steps: of the whole run.
+        checkpoints: where to write them.
+        interval: steps between two checkpoints; 0 writes one only when interrupted.
+        notes: written into each checkpoint beside the training's state; the largest step is noted in it.
+
+    Raises:
+        InterruptedRunError: Ctrl-C or SIGTERM came; the step was finished and a checkpoint written.
+    """
+    with _signals() as seen, _bar(num_steps, training.num_done) as bar:
+        while True:
+            if seen:
+                path = checkpoints.save({**training.state_dict(), "notes": notes}, step=training.num_done)
+                raise InterruptedRunError(
+                    f"interrupted after step {training.num_done} of {num_steps}, checkpoint in {path}: "
+                    "the same command with --resume goes on",
+                    exit_code=128 + seen[0],
+                )
+            if training.num_done >= num_steps:
+                return
+            record = training.step()
+            for name in ("saved_bytes", "peak_held_bytes"):
+                notes[name] = max(notes.get(name, 0), getattr(record, name))
+            bar.set_postfix_str(
+                f"loss {record.loss:.3f}, held {record.peak_held_bytes / 2**20:.1f} "
+                f"of {record.saved_bytes / 2**20:.1f} MiB",
+                refresh=False,
+            )
+            bar.update()
+            if interval and (training.num_done % interval == 0 or training.num_done == num_steps):
+                checkpoints.save({**training.state_dict(), "notes": notes}, step=training.num_done)
+
+
+def _bar(num_steps: int, num_done: int) -> tqdm[NoReturn]:
+    return tqdm(total=num_steps, initial=num_done, unit="step", mininterval=0.5, file=sys.stderr)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    seen: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,169 @@
+"""Transformers at the border: models and tokenizers from a directory or the hub, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from integrations.directory import is_palettized
+from integrations.errors import CommandError
+
+# The commands say themselves what went wrong, on one line, and draw the only progress bar.
+transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+class HubTokenizer:
+    """A Transformers tokenizer, as `integrations.text.Tokenizer` asks for one.
+
+    Arguments:
+        tokenizer: the tokenizer; it must have a BOS and an EOS.
+        name: where it came from, for errors.
+
+    Raises:
+        CommandError: BOS or EOS is missing.
+    """
+
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, *, name: str) -> None:
+        if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+            raise CommandError(
+                f"the tokenizer of {name} has no BOS or no EOS token: rows cannot be marked off"
+            )
+        self._tokenizer = tokenizer
+        self.bos: int = tokenizer.bos_token_id
+        self.eos: int = tokenizer.eos_token_id
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+        if not texts:
+            return []
+        encoded: list[list[int]] = self._tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
+        return encoded
+
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer's files."""
+        self._tokenizer.save_pretrained(directory)
+
+
+def load_tokenizer(name: str) -> HubTokenizer:
+    """The tokenizer of a model directory or hub name.
+
+    Raises:
+        CommandError: there is none, or it has no BOS or EOS.
+    """
+    if Path(name).is_dir() and not any(Path(name).glob("tokenizer*")):
+        raise CommandError(
+            f"{name} has no tokenizer: copy tokenizer.json there from the model it was made of"
+        )
+    with _reported(f"cannot load the tokenizer of {name}"):
+        return HubTokenizer(
+            transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False), name=name
+        )
+
+
+def load_dense(name: str, *, dtype: torch.dtype | None = None) -> transformers.PreTrainedModel:
+    """A causal language model with all its weights, in evaluation mode.
+
+    Arguments:
+        name: a directory that `save_pretrained` wrote, or a hub name.
+        dtype: of the weights; None keeps the checkpoint's.
+
+    Raises:
+        CommandError: no such model, an unknown architecture, or weights that are missing or damaged.
+    """
+    if Path(name).is_dir():
+        _require_weights(Path(name))
+    with _reported(f"cannot load {name}"):
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    model: transformers.PreTrainedModel = loaded[0]
+    # Transformers fills weights it did not find with random numbers and goes on.
+    if loaded[1]["missing_keys"]:
+        missing = sorted(loaded[1]["missing_keys"])
+        raise CommandError(f"{name} lacks {len(missing)} of the model's weights, such as {missing[0]}")
+    return model
+
+
+def empty_model(directory: Path) -> transformers.PreTrainedModel:
+    """The model that a directory's config.json describes: parameters on the meta device, buffers computed.
+
+    Raises:
+        CommandError: there is no config.json, or its architecture is unknown.
+    """
+    with _reported(f"cannot build the model of {directory}"):
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        with _meta_parameters():
+            model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=False
+            )
+    return model
+
+
+def model_context(name: str) -> int:
+    """How many tokens a model was made for, from its configuration alone.
+
+    Raises:
+        CommandError: there is no such model, or its architecture is unknown.
+    """
+    with _reported(f"cannot load {name}"):
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return int(config.max_position_embeddings)
+
+
+def local_directory(name: str) -> Path:
+    """Where the files of a directory or of a hub name, once loaded, lie."""
+    if Path(name).is_dir():
+        return Path(name)
+    with _reported(f"cannot find {name}"):
+        found = transformers.utils.hub.cached_file(name, "config.json")
+    return Path(str(found)).parent
+
+
+def _require_weights(directory: Path) -> None:
+    if not (directory / "config.json").is_file():
+        raise CommandError(f"{directory} is not a model directory: it has no config.json")
+    if is_palettized(directory):
+        raise CommandError(
+            f"{directory} is palettized, and a dense model is needed: run edkm export --dense on it"
+        )
+    if not any(directory.glob("*.safetensors")):
+        raise CommandError(f"{directory} has no weights: no *.safetensors file lies in it")
+
+
+@contextmanager
+def _meta_parameters() -> Iterator[None]:
+    # `torch.device("meta")` would take along the rotary tables too, and no file brings those back.
+    def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _reported(attempt: str) -> Iterator[None]:
+    # Transformers explains at length and over several lines; the first sentences carry the cause.
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CommandError(f"{attempt}: {' '.join(str(error).split())[:300]}") from error

@@ -1,0 +1,159 @@
+"""A checkpoint is complete or not there, the last one is marked, and other settings do not resume."""
+
+import io
+import json
+import random
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from integrations.checkpoint import Checkpoints
+from integrations.errors import CommandError
+
+STATE = {"numbers": [1, 2.5, "x"], "tensor": torch.arange(3), "nested": {0: {"step": torch.tensor(4.0)}}}
+
+
+def checkpoints(directory: Path, *, num_kept: int = 2, **settings: object) -> Checkpoints:
+    return Checkpoints(directory, settings=settings or {"bits": 3}, num_kept=num_kept)
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    checkpoints(tmp_path).save(STATE, step=7)
+    state = checkpoints(tmp_path).load()
+    assert state is not None
+    assert state["numbers"] == STATE["numbers"]
+    assert torch.equal(state["tensor"], torch.arange(3))
+    assert float(state["nested"][0]["step"]) == 4.0
+
+
+def test_nothing_is_loaded_where_nothing_is(tmp_path: Path) -> None:
+    assert checkpoints(tmp_path / "none").load() is None
+
+
+def draws() -> list[float]:
+    return [float(torch.rand(())), random.random(), float(numpy.random.rand()), float(numpy.random.randn())]
+
+
+def test_random_states_go_on_where_they_were(tmp_path: Path) -> None:
+    draws()
+    checkpoints(tmp_path).save(STATE, step=1)
+    expected = draws()
+    draws()
+    checkpoints(tmp_path).load()
+    assert draws() == expected
+
+
+def test_the_latest_stay_and_the_last_is_marked(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20):
+        checkpoints(tmp_path, num_kept=2).save({"step": step}, step=step)
+    assert names(tmp_path) == ["last.json", "step-00000015", "step-00000020"]
+    assert json.loads((tmp_path / "last.json").read_text()) == {"checkpoint": "step-00000020"}
+    state = checkpoints(tmp_path).load()
+    assert state is not None
+    assert state["step"] == 20
+
+
+def test_one_that_was_cut_short_does_not_count(tmp_path: Path) -> None:
+    """As SIGKILL in the middle of writing leaves it: the earlier one is loaded, the rest goes with the next."""
+    checkpoints(tmp_path).save({"step": 5}, step=5)
+    partial = tmp_path / ".partial-step-00000010"
+    partial.mkdir()
+    (partial / "state.pt").write_bytes(b"half of it")
+    state = checkpoints(tmp_path).load()
+    assert state is not None
+    assert state["step"] == 5
+    checkpoints(tmp_path).save({"step": 11}, step=11)
+    assert names(tmp_path) == ["last.json", "step-00000005", "step-00000011"]
+
+
+def test_a_step_saved_twice_is_one_checkpoint(tmp_path: Path) -> None:
+    for _ in range(2):
+        checkpoints(tmp_path).save(STATE, step=5)
+    assert names(tmp_path) == ["last.json", "step-00000005"]
+
+
+def test_another_setting_is_named(tmp_path: Path) -> None:
+    checkpoints(tmp_path, bits=3, seed=0).save(STATE, step=1)
+    with pytest.raises(
+        CommandError, match="it was made with bits 3, now bits is 4: give the same, or another"
+    ):
+        checkpoints(tmp_path, bits=4, seed=0).load()
+
+
+@pytest.mark.parametrize("name", ["state.pt", "settings.json"])
+@pytest.mark.parametrize("damage", [lambda whole: whole[: len(whole) // 2], lambda whole: b"", None])
+def test_a_damaged_checkpoint_is_told(name: str, damage: object, tmp_path: Path) -> None:
+    path = checkpoints(tmp_path).save(STATE, step=1) / name
+    if callable(damage):
+        path.write_bytes(damage(path.read_bytes()))
+    else:
+        path.unlink()
+    with pytest.raises(CommandError, match="the last checkpoint in .* cannot be read"):
+        checkpoints(tmp_path).load()
+
+
+def test_a_mark_without_its_checkpoint_is_told(tmp_path: Path) -> None:
+    (tmp_path / "last.json").write_text('{"checkpoint": "step-00000009"}')
+    with pytest.raises(CommandError, match="cannot be read"):
+        checkpoints(tmp_path).load()
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return print, ("code ran",)
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = checkpoints(tmp_path).save(STATE, step=1)
+    file = io.BytesIO()
+    torch.save({"random": Evil()}, file)
+    (path / "state.pt").write_bytes(file.getvalue())
+    with pytest.raises(CommandError, match="cannot be read"):
+        checkpoints(tmp_path).load()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB, where mounting one is permitted."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a small file system is not permitted here")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(small_disk: Path) -> None:
+    checkpoints(small_disk).save({"step": 1}, step=1)
+    with pytest.raises(CommandError, match=r"cannot write the checkpoint of step 2: .*MiB are free under"):
+        checkpoints(small_disk).save({"tensor": torch.randn(100_000)}, step=2)
+    assert names(small_disk) == ["last.json", "step-00000001"]
+    state = checkpoints(small_disk).load()
+    assert state is not None
+    assert state["step"] == 1
+
+
+def test_a_failing_file_leaves_the_earlier_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints(tmp_path).save({"step": 1}, step=1)
+
+    def fail(*_arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(
+        CommandError, match="cannot write the checkpoint of step 2: .*No space left on device"
+    ):
+        checkpoints(tmp_path).save({"step": 2}, step=2)
+    assert names(tmp_path) == ["last.json", "step-00000001"]
