@@ -19,13 +19,14 @@ from edkm.selection import choose
 def cluster(model: nn.Module, config: DKMConfig) -> Clustering:
     """Train a model on clustered weights from here on; starting centroids are found by k-means.
 
-    Linears are clustered in training. Embeddings and the output head (what `get_output_embeddings` returns, or the last
-    linear shaped like an embedding) train dense and are snapped in evaluation. In evaluation mode snapped weights carry
-    no gradient.
+    Linears are clustered in training. Embeddings and the output head (what `get_output_embeddings` returns,
+    or the last linear shaped like an embedding) train dense and are snapped in evaluation. In evaluation mode
+    snapped weights carry no gradient.
 
     Arguments:
-        model: changed in place; parameters stay the same objects. Its state, centroids included, is in its `state_dict`:
-            to resume, cluster a model of the same shape with the same configuration and load it.
+        model: changed in place; parameters stay the same objects. Its state, centroids included, is in its
+            `state_dict`: to resume, cluster a model of the same shape with the same configuration and load
+            it.
         config: which weights, and how.
 
     Returns:
@@ -56,7 +57,7 @@ def cluster(model: nn.Module, config: DKMConfig) -> Clustering:
 
 
 def clustered_weights(model: nn.Module) -> dict[str, tuple[ClusteredWeight, nn.Parameter]]:
-    """The parametrization and the dense weight of each clustered module, by the module's name; ties repeat."""
+    """Parametrization and dense weight of each clustered module, by the module's name; ties repeat."""
     found = {}
     for name, module in model.named_modules():
         parametrizations = getattr(module, "parametrizations", None)
@@ -70,7 +71,8 @@ def clustered_weights(model: nn.Module) -> dict[str, tuple[ClusteredWeight, nn.P
 
 
 def guard_save_pretrained(model: nn.Module) -> None:
-    """Make `save_pretrained`, where a model or a part of it has one, refuse while any of its weights is on a palette.
+    """Make `save_pretrained`, where a model or a part of it has one, refuse while any of its weights is on a
+    palette.
 
     What it would write has names that `from_pretrained` does not know, and fills with random weights.
     """
@@ -83,7 +85,7 @@ def _save_pretrained(self: Any, *arguments: Any, **options: Any) -> Any:
     palettized = any(isinstance(m, PalettizedLinear | PalettizedEmbedding) for m in self.modules())
     if palettized or clustered_weights(self):
         raise PaletteError(
-            f"save_pretrained of a clustered {type(self).__name__} would write names that load as random weights: "
-            "use save_palettized, or write its decoded weights as an ordinary model"
+            f"save_pretrained of a clustered {type(self).__name__} would write names that load as random "
+            "weights: use save_palettized, or write its decoded weights as an ordinary model"
         )
     return type(self).save_pretrained(self, *arguments, **options)

@@ -1,4 +1,4 @@
-"""The handle of a clustered model in training: steps, learning rates, gradient norm, soft and snapped losses."""
+"""The handle of a clustered model: steps, learning rates, gradient norm, soft and snapped losses."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Clustering:
 
     Arguments:
         model: the clustered model; not owned.
-        weights: the parametrization of each clustered weight and the dense weight in front of it, by the names of the
-            modules that share it.
+        weights: the parametrization of each clustered weight and the dense weight in front of it, by the
+            names of the modules that share it.
     """
 
     def __init__(self, model: nn.Module, weights: Mapping[str, tuple[ClusteredWeight, nn.Parameter]]) -> None:
@@ -30,7 +30,7 @@ class Clustering:
         self._weights = dict(weights)
 
     def step(self) -> None:
-        """Follow an optimizer step: centroids and temperature move on. Call it once, after the optimizer's."""
+        """Follow an optimizer step, once and after the optimizer's: centroids and temperature move on."""
         for parametrization, _ in self._weights.values():
             parametrization.commit()
 
@@ -39,11 +39,11 @@ class Clustering:
 
         Arguments:
             learning_rate: in units of each parameter's root mean square, a step.
-            weight_decay: as AdamW takes it, times that learning rate.
+            weight_decay: in units of `learning_rate`: what a weight loses of itself a step is the product.
 
         Returns:
-            Groups with `lr`, `eps` and `weight_decay`: a model whose weights are scaled up and down without changing
-            its function trains alike.
+            Groups with `lr`, `eps` and `weight_decay`: a model whose weights are scaled up and down without
+            changing its function trains alike.
         """
         groups = []
         for parameter in self._trained():
@@ -61,7 +61,8 @@ class Clustering:
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Scale all gradients so that the norm of (gradient times root mean square of its weight) is at most `max_norm`.
+        """Scale all gradients so that the norm of (gradient times root mean square of its weight) is at most
+        `max_norm`.
 
         Returns:
             The norm before, 0-d fp32.
@@ -69,7 +70,7 @@ class Clustering:
         pairs = [(p.grad, _rms(p)) for p in self._trained() if p.grad is not None]
         if not pairs:
             return torch.zeros(())
-        norm = torch.stack([gradient.float().norm() * rms for gradient, rms in pairs]).norm()
+        norm: torch.Tensor = torch.stack([gradient.float().norm() * rms for gradient, rms in pairs]).norm()
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for gradient, _ in pairs:
             gradient.mul_(factor)

@@ -15,8 +15,8 @@ class DKMConfig:
         bits: per weight (per vector of weights) of every linear but the output head, 1 to 8.
         embedding_bits: the same for embeddings and the output head, which train dense and are snapped in
             evaluation and by `palettize`; None leaves them dense.
-        overrides: bits, or None for dense, by a pattern (`fnmatch`) on the module's name; the first that matches
-            counts.
+        overrides: bits, or None for dense, by a pattern (`fnmatch`) on the module's name; the first that
+            matches counts.
         vector_length: how many neighbouring weights of a row are clustered together.
         group_channels: how many output channels share a palette; None is one palette a weight.
         iterations: of k-means in each forward pass.
@@ -76,5 +76,6 @@ def _check_count(name: str, value: int, *, maximum: int | None = None) -> None:
 def _check_temperatures(first: float, last: float) -> None:
     if not (math.isfinite(first) and 0 < last <= first):
         raise ValueError(
-            f"DKMConfig.temperature falls from {first} to {last}: give finite numbers above 0, the last not above the first"
+            f"DKMConfig.temperature falls from {first} to {last}: "
+            "give finite numbers above 0, the last not above the first"
         )

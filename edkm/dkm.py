@@ -1,7 +1,8 @@
 """Differentiable k-means as plain autograd operations: the paper's layer on one page.
 
-The distance of each weight to each centroid becomes a soft assignment, the attention A; each centroid moves to the
-mean of the weights, weighted by it; after the last iteration the layer runs on A C (eDKM, section on DKM).
+The distance of each weight to each centroid becomes a soft assignment, the attention A; each centroid moves
+to the mean of the weights, weighted by it; after the last iteration the layer runs on A C (eDKM, section on
+DKM).
 """
 
 from __future__ import annotations
@@ -23,19 +24,23 @@ def dkm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cluster a weight softly; gradients flow through every iteration (eDKM, section on DKM).
 
-    A centroid that no weight attends to keeps its place. All arithmetic is in fp32 at least, under autocast too.
+    A centroid that no weight attends to keeps its place. All arithmetic is in fp32 at least, under autocast
+    too.
 
     Arguments:
         weight: float16, bfloat16, float32 or float64, any shape; taken as rows of d neighbouring weights.
-        centroids: `[K]`, `[K, d]`, or `[G, K, d]` for G groups of output channels (equal parts of the first dimension).
+        centroids: `[K]`, `[K, d]`, or `[G, K, d]` for G groups of output channels (equal parts of the first
+            dimension).
         temperature: of the attention, in the square of the weight's unit; above 0.
         iterations: of k-means, 1 or more.
-        epsilon: stop when no coordinate of a centroid moved by this much, in the weight's unit; 0 runs every iteration.
+        epsilon: stop when no coordinate of a centroid moved by this much, in the weight's unit; 0 runs every
+            iteration.
         fixed_zero: hold the first centroid of each group at zero, whatever its value.
 
     Returns:
-        The clustered weight (shape and dtype of `weight`), A C with A from the last iteration's starting centroids and
-        C moved once more; and C in the shape of `centroids`, fp32 or float64, with its gradient.
+        The clustered weight (shape and dtype of `weight`), A C with A from the last iteration's starting
+        centroids and C moved once more; and C in the shape of `centroids`, fp32 or float64, with its
+        gradient.
 
     Raises:
         TypeError: weight or centroids are not real floating point.
@@ -64,8 +69,9 @@ def _attention(
 ) -> torch.Tensor:
     """Softmax of the squared distances over the centroids: `[G, N, K]`.
 
-    Each row is a function of its weight's bits. Where those are 16 the rows repeat, and lying one after the other they
-    can be kept once (eDKM, uniquification); others lie the way that is several times faster to compute.
+    Each row is a function of its weight's bits. Where those are 16 the rows repeat, and lying one after the
+    other they can be kept once (eDKM, uniquification); others lie the way that is several times faster to
+    compute.
     """
     if by_row:
         return torch.softmax(_distance(rows.unsqueeze(2), centroids.unsqueeze(1)) / -temperature, dim=2)
@@ -96,7 +102,7 @@ def _as_groups(centroids: torch.Tensor) -> torch.Tensor:
     """See centroids as `[G, K, d]`."""
     if not 1 <= centroids.dim() <= 3 or 0 in centroids.shape:
         raise ValueError(
-            f"dkm got centroids of shape {list(centroids.shape)}: give [K], [K, d] or [G, K, d], none of them 0"
+            f"dkm got centroids of shape {list(centroids.shape)}: give [K], [K, d] or [G, K, d], none 0"
         )
     if centroids.dim() == 1:
         return centroids.reshape(1, -1, 1)
@@ -118,8 +124,8 @@ def _check(
     num_channels = weight.shape[0] if weight.dim() else 1
     if num_channels % num_groups or (weight.numel() // num_groups) % length:
         raise ValueError(
-            f"dkm got a weight of shape {list(weight.shape)} for {num_groups} groups of vectors of length {length}: "
-            "the first dimension must part into the groups, and each group into the vectors"
+            f"dkm got a weight of shape {list(weight.shape)} for {num_groups} groups of vectors of length "
+            f"{length}: the first dimension must part into the groups, and each group into the vectors"
         )
     # A tensor's value is not looked at: that would wait for the device.
     if not isinstance(temperature, torch.Tensor) and not (math.isfinite(temperature) and temperature > 0):

@@ -56,8 +56,8 @@ def _scalars(values: torch.Tensor, num_centroids: int) -> torch.Tensor:
 def _histogram(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and count of each bin that has weights in it, float64, sorted.
 
-    A bin is a 16-bit value, or the first 20 bits of a wider one: bins get narrower towards zero as weights get denser,
-    and a far outlier costs the others no resolution.
+    A bin is a 16-bit value, or the first 20 bits of a wider one: bins get narrower towards zero as weights
+    get denser, and a far outlier costs the others no resolution.
     """
     narrow = values.element_size() == 2
     patterns = values.view(torch.int16) if narrow else values.float().view(torch.int32) >> _DROPPED_BITS
@@ -72,7 +72,7 @@ def _histogram(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _spread(means: torch.Tensor, counts: torch.Tensor, num_centroids: int) -> torch.Tensor:
-    """First centroids: as dense as the cube root of the weights' density, the best for many centroids (Panter-Dite)."""
+    """First centroids: as dense as the cube root of the weights' density (Panter and Dite's best)."""
     gaps = means.diff().clamp(min=torch.finfo(means.dtype).tiny)
     widths = torch.cat([gaps[:1], (gaps[1:] + gaps[:-1]) / 2, gaps[-1:]])
     share = (counts * widths.square()).pow(1 / 3).cumsum(0)

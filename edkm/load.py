@@ -30,7 +30,8 @@ class _Stored:
     def read(self, name: str) -> torch.Tensor:
         # Opened anew each time: a file that stays mapped counts a second time for all that was read from it.
         with safe_open(self.file, framework="pt") as opened:
-            return opened.get_tensor(name).clone()
+            tensor: torch.Tensor = opened.get_tensor(name)
+            return tensor.clone()
 
 
 def load_palettized(directory: str | os.PathLike[str], *, into: nn.Module) -> nn.Module:
@@ -40,15 +41,16 @@ def load_palettized(directory: str | os.PathLike[str], *, into: nn.Module) -> nn
 
     Arguments:
         directory: with `palettized.json`.
-        into: a model of the same shape, its parameters on the meta device or not; linears and embeddings on a palette
-            are replaced, the dtypes become the file's. Buffers that a state dict leaves out are kept, so they must
-            have values.
+        into: a model of the same shape, its parameters on the meta device or not; linears and embeddings on a
+            palette are replaced, the dtypes become the file's. Buffers that a state dict leaves out are kept,
+            so they must have values.
 
     Returns:
         The model, or what replaces it where it is itself a palettized module.
 
     Raises:
-        PaletteError: a file is missing, truncated or edited, or the model has another shape; `into` is unchanged then.
+        PaletteError: a file is missing, truncated or edited, or the model has another shape; `into` is
+            unchanged then.
     """
     folder = Path(directory)
     manifest = Manifest.read(folder)
@@ -62,8 +64,9 @@ def load_palettized(directory: str | os.PathLike[str], *, into: nn.Module) -> nn
     read: dict[str, torch.Tensor] = {}
     for name in dense:
         source = manifest.aliases.get(name, name)
-        read[name] = read[source] if source in read else stored[source].read(source)
-        _assign(into, name, tensor=read[name])
+        if source not in read:
+            read[source] = _like(_tensor(into, name), stored[source].read(source))
+        _put(into, name, tensor=read[source])
     guard_save_pretrained(into)
     return into
 
@@ -154,16 +157,22 @@ def _device(model: nn.Module, name: str) -> torch.device:
     return torch.device("cpu") if weight.is_meta else weight.device
 
 
-def _assign(model: nn.Module, name: str, *, tensor: torch.Tensor) -> None:
+def _tensor(model: nn.Module, name: str) -> torch.Tensor:
     parent, _, leaf = name.rpartition(".")
-    module = model.get_submodule(parent)
-    old = getattr(module, leaf)
-    if not old.is_meta:
-        tensor = tensor.to(old.device)
-    if isinstance(old, nn.Parameter):
-        setattr(module, leaf, nn.Parameter(tensor, requires_grad=old.requires_grad))
-    else:
-        setattr(module, leaf, tensor)
+    tensor = getattr(model.get_submodule(parent), leaf)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
+
+
+def _like(old: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor from a file as what it stands for: a parameter or a buffer, on its device."""
+    tensor = tensor if old.is_meta else tensor.to(old.device)
+    return nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+
+
+def _put(model: nn.Module, name: str, *, tensor: torch.Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, tensor)
 
 
 def _joined(module: str, leaf: str) -> str:

@@ -46,8 +46,8 @@ class Manifest:
         found = read_object(path)
         if (found.get("format"), found.get("version")) != (_FORMAT, _VERSION):
             raise PaletteError(
-                f"cannot load {path}: its format is {found.get('format')!r} version {found.get('version')!r}, "
-                f"this is {_FORMAT!r} version {_VERSION}"
+                f"cannot load {path}: its format is {found.get('format')!r} {found.get('version')!r}, "
+                f"this reads {_FORMAT!r} {_VERSION}"
             )
         parts = [found.get(name) for name in ("palettes", "modules", "aliases")]
         palettes, modules, aliases = (part if isinstance(part, dict) else None for part in parts)

@@ -34,7 +34,7 @@ class Palette(nn.Module):
         check_parts(list(table.shape), list(indices.shape), shape=shape)
         if indices.dtype != torch.uint8 or not table.is_floating_point():
             raise PaletteError(
-                f"a palette has a floating-point table and uint8 indices, got {table.dtype} and {indices.dtype}"
+                f"a palette has a floating-point table and uint8 indices, got {table.dtype}, {indices.dtype}"
             )
         self.register_buffer("table", table)
         self.register_buffer("indices", indices)
@@ -72,7 +72,7 @@ class Palette(nn.Module):
         indices = unpack(self.indices, num_indices=num_rows).view(num_groups, -1)
         weight = entries.new_empty(num_groups, indices.shape[1], length)
         for group, (part, rows) in enumerate(zip(indices, weight, strict=True)):
-            for chunk, out in zip(part.split(_CHUNK), rows.split(_CHUNK), strict=True):
+            for chunk, out in zip(torch.split(part, _CHUNK), torch.split(rows, _CHUNK), strict=True):
                 torch.index_select(entries, 0, chunk.int() + group * num_centroids, out=out)
         return weight.view(self.shape)
 
@@ -91,7 +91,8 @@ class Palette(nn.Module):
         num_rows, width = self.shape
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= num_rows):
             raise IndexError(
-                f"cannot look up row {int(ids.min())} to {int(ids.max())} of {num_rows}: tokens do not fit the model"
+                f"cannot look up rows {int(ids.min())} to {int(ids.max())} of {num_rows}: "
+                "the tokens do not fit the model"
             )
         num_groups, num_centroids, length = self.table.shape
         columns = torch.arange(width // length, device=ids.device)
@@ -119,13 +120,14 @@ def check_parts(table: list[int], indices: list[int], *, shape: tuple[int, ...])
     """
     if len(table) != 3 or 0 in table or len(indices) != 2 or not 1 <= indices[0] <= 8 or len(shape) < 1:
         raise PaletteError(
-            f"a palette has a table [groups, entries, length] and indices [1 to 8, bytes], got {table} and {indices}"
+            f"a palette has a table [groups, entries, length] and indices [1 to 8, bytes], "
+            f"got shapes {table} and {indices}"
         )
     bits = indices[0]
     if table[1] != 1 << bits:
         raise PaletteError(
-            f"a table of {table[1]} entries does not fit indices of {bits} bits, which reach {(1 << bits) - 1}: "
-            "an index would be out of range"
+            f"a table of {table[1]} entries does not fit indices of {bits} bits, which reach "
+            f"{(1 << bits) - 1}: an index would be out of range"
         )
     if shape[0] % table[0] or shape[-1] % table[2]:
         raise PaletteError(
@@ -142,8 +144,8 @@ def check_parts(table: list[int], indices: list[int], *, shape: tuple[int, ...])
 def _nearest(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Index of the entry nearest to each row, uint8; of several, the first in the order of their values."""
     wide = torch.promote_types(rows.dtype, torch.float32)
-    found = [_nearest_of(chunk.to(wide), table.to(wide)) for chunk in rows.split(_CHUNK)]
-    return torch.cat(found) if found else rows.new_empty(0, dtype=torch.uint8)
+    found = [_nearest_of(chunk.to(wide), table.to(wide)) for chunk in torch.split(rows, _CHUNK)]
+    return torch.cat(found)
 
 
 def _nearest_of(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

@@ -24,8 +24,8 @@ def palettize(model: nn.Module, config: DKMConfig | None = None) -> nn.Module:
         The model, or what replaces it where it is itself a clustered module.
 
     Raises:
-        PaletteError: the model is not clustered and there is no `config`, or is and there is one; or what `cluster`
-            raises; or a weight became NaN or infinite in training.
+        PaletteError: the model is not clustered and there is no `config`, or is and there is one; or what
+            `cluster` raises; or a weight became NaN or infinite in training.
     """
     if config is not None:
         cluster(model, config)
@@ -45,7 +45,7 @@ def palettize(model: nn.Module, config: DKMConfig | None = None) -> nn.Module:
 
 
 def put_palette(model: nn.Module, name: str, *, palette: Palette) -> nn.Module:
-    """Replace a linear or an embedding by one that runs from a palette; returns the model, or what replaces it."""
+    """Make a linear or an embedding run from a palette; returns the model, or what replaces it."""
     module = model.get_submodule(name)
     palettized: nn.Module
     if isinstance(module, nn.Embedding):

@@ -17,6 +17,8 @@ class PalettizedLinear(nn.Module):
         bias: `[out_features]` or None.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, palette: Palette, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = palette.shape

@@ -17,14 +17,16 @@ from edkm.palette import Palette
 class ClusteredWeight(nn.Module):
     """A parametrization: a dense weight in, the weight that the model runs on out.
 
-    Its state is the centroids and the count of steps; only `commit` and `load_state_dict` change it. In evaluation the
-    snapped weight is kept until the dense one's version or address changes, training goes on, or the state changes.
+    Its state is the centroids and the count of steps; only `commit` and `load_state_dict` change it. In
+    evaluation the snapped weight is kept until the dense one's version or address changes, training goes on,
+    or the state changes.
 
     Arguments:
         weight: the dense weight, `[out, in]`.
         bits: of an index.
         config: the rest.
-        trained_soft: cluster it in training; otherwise it trains dense and is snapped by k-means in evaluation.
+        trained_soft: cluster it in training; otherwise it trains dense and is snapped by k-means in
+            evaluation.
     """
 
     centroids: torch.Tensor
@@ -108,10 +110,10 @@ class ClusteredWeight(nn.Module):
         # `model.to(torch.bfloat16)` takes buffers along; centroids stay as wide as they are summed.
         self._kept = self._pending = None
         exact = self.centroids if self.trained_soft else None
-        applied = super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if exact is not None and self.centroids.dtype != exact.dtype:
             self.centroids = exact.to(self.centroids.device)
-        return applied
+        return self
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self._kept = self._pending = None

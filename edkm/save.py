@@ -24,8 +24,8 @@ _PARTIAL = ".partial"
 def save_palettized(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write a palettized model's weights; tied ones once, nothing pickled.
 
-    Writes `palettized.safetensors` (above 2 GB in parts, with an index) and, last, `palettized.json`. All are written to
-    a folder inside of `directory` and then moved.
+    Writes `palettized.safetensors` (above 2 GB in parts, with an index) and, last, `palettized.json`. All are
+    written to a folder inside of `directory` and then moved.
 
     Arguments:
         model: `palettize` made it.
@@ -43,7 +43,8 @@ def save_palettized(model: nn.Module, directory: str | os.PathLike[str]) -> None
 def write_whole(
     tensors: Mapping[str, torch.Tensor], manifest: Manifest, *, directory: Path, shard_bytes: int
 ) -> None:
-    """Write tensors and manifest to a new or empty directory, in parts of at most `shard_bytes` where one tensor allows.
+    """Write tensors and manifest to a new or empty directory, in parts of at most `shard_bytes` where one
+    tensor allows.
 
     Raises:
         FileExistsError: the directory is not empty.
@@ -54,18 +55,19 @@ def write_whole(
         raise FileExistsError(f"cannot save to {directory}: it is not empty; name a new directory")
     partial = directory / _PARTIAL
     partial.mkdir(parents=True)
-    moved: list[Path] = []
     try:
         _write(tensors, directory=partial, shard_bytes=shard_bytes)
         (partial / MANIFEST).write_text(manifest.to_json())
         # What makes it a palettized directory comes last.
         for path in sorted(partial.iterdir(), key=lambda path: path.name == MANIFEST):
-            moved.append(path.replace(directory / path.name))
+            path.replace(directory / path.name)
         partial.rmdir()
     except BaseException as error:
-        for path in [*moved, *partial.glob("*")]:
-            path.unlink(missing_ok=True)
-        shutil.rmtree(directory if is_new else partial, ignore_errors=True)
+        # It was empty, so what is in it is ours.
+        for path in [partial, *directory.glob("palettized*")]:
+            _remove(path)
+        if is_new:
+            directory.rmdir()
         if isinstance(error, OSError | SafetensorError):
             num_bytes = sum(tensor.nbytes for tensor in tensors.values())
             raise OSError(
@@ -133,6 +135,13 @@ def _write(tensors: Mapping[str, torch.Tensor], *, directory: Path, shard_bytes:
     total = sum(tensor.nbytes for tensor in tensors.values())
     content = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / INDEX).write_text(json.dumps(content, indent=1))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _storable(tensor: torch.Tensor) -> torch.Tensor:

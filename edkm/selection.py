@@ -41,8 +41,8 @@ def choose(model: nn.Module, config: DKMConfig) -> list[Choice]:
     """Choose the weights that a configuration names.
 
     Raises:
-        PaletteError: tied modules ask for different bits, a weight cannot be clustered as configured, or an override
-            matches no linear and no embedding.
+        PaletteError: tied modules ask for different bits, a weight cannot be clustered as configured, or an
+            override matches no linear and no embedding.
     """
     modules = dict(_weighted_modules(model))
     _require_matches(config, modules)
@@ -120,8 +120,8 @@ def _require_clusterable(choice: Choice, config: DKMConfig) -> None:
     channels = config.group_channels or 1
     if weight.shape[0] % channels or weight.shape[1] % config.vector_length:
         raise PaletteError(
-            f"cannot cluster {name} of shape {list(weight.shape)} by groups of {channels} channels and vectors of "
-            f"{config.vector_length}: both must divide its sides; leave it dense with an override of None"
+            f"cannot cluster {name} of shape {list(weight.shape)} by groups of {channels} channels and "
+            f"vectors of {config.vector_length}: both must divide its sides; leave it dense with an override of None"
         )
     if weight.is_meta or not weight.is_floating_point() or weight.numel() == 0:
         raise PaletteError(
