@@ -90,8 +90,9 @@ def _weighted_means(rows: torch.Tensor, attention: torch.Tensor, *, otherwise: t
     mass = attention.sum(dim=1).unsqueeze(2)
     # Below this the slope of the division, 1 / mass**2, would overflow.
     occupied = mass > math.sqrt(torch.finfo(mass.dtype).tiny)
-    sums = attention.transpose(1, 2) @ rows
-    return torch.where(occupied, sums / torch.where(occupied, mass, 1.0), otherwise)
+    # A matrix product may add millions of terms one after the other; `sum` adds them in pairs.
+    sums = [(attention * coordinate.unsqueeze(2)).sum(dim=1) for coordinate in rows.unbind(2)]
+    return torch.where(occupied, torch.stack(sums, dim=2) / torch.where(occupied, mass, 1.0), otherwise)
 
 
 def _pinned(centroids: torch.Tensor) -> torch.Tensor:

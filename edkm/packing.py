@@ -45,7 +45,7 @@ def unpack(planes: torch.Tensor, *, num_indices: int) -> torch.Tensor:
         `[N]` uint8.
     """
     bits, num_columns = planes.shape
-    padded = planes.new_zeros(bits, -(-num_columns // 8) * 8)
+    padded = planes.new_zeros(bits, max(8, -(-num_columns // 8) * 8))
     padded[:, :num_columns] = planes
     words = padded.view(torch.int64)
     lanes = words.new_zeros(_LANES, words.shape[1])
