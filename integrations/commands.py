@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -11,9 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from integrations.errors import CommandError, InterruptedRunError
+from integrations.recipe import DTYPES, Destination, Recipe
 
 _EXTRA = ("transformers", "tokenizers", "tqdm")
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,40 +98,58 @@ def _add_finetune(commands: Any) -> None:
     add(
         "--steps",
         type=_positive,
-        default=700,
+        default=Recipe.steps,
         help="optimizer steps; the schedules end with the last [%(default)s]",
     )
     add(
         "--learning-rate",
-        type=float,
-        default=0.01,
+        type=_fraction,
+        default=Recipe.learning_rate,
         help="peak, as a fraction of each weight's rms a step [%(default)s]",
     )
-    add("--batch-size", type=_positive, default=8, help="rows a batch [%(default)s]")
-    add("--accumulate", type=_positive, default=1, help="batches whose gradients make one step [%(default)s]")
-    add("--context", type=_positive, help="tokens a row [512, or 256 for text without separator]")
+    add("--batch-size", type=_positive, default=Recipe.batch_size, help="rows a batch [%(default)s]")
+    add(
+        "--accumulate",
+        type=_positive,
+        default=Recipe.accumulate,
+        help="batches whose gradients make one step [%(default)s]",
+    )
+    add("--context", type=_at_least_two, help="tokens a row [512, or 256 for text without separator]")
     add("--separator", help="what parts the documents of a plain text [none: it is one stream]")
-    add("--seed", type=int, default=0, help="of the order of the rows [%(default)s]")
+    _add_run(parser)
+
+
+def _add_run(parser: Any) -> None:
+    add = parser.add_argument
+    add("--seed", type=int, default=Recipe.seed, help="of the order of the rows [%(default)s]")
     add(
         "--dtype",
-        choices=_DTYPES,
-        default="auto",
+        choices=DTYPES,
+        default=Recipe.dtype,
         help="of the weights; auto is the checkpoint's [%(default)s]",
     )
-    add("--device", default="cpu", help="where to train, such as cuda [%(default)s]")
+    add("--device", default=Recipe.device, help="where to train, such as cuda [%(default)s]")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
     add(
         "--checkpoint-interval",
         type=_natural,
-        default=100,
+        default=Destination.checkpoint_interval,
         help="steps between two; 0: only when interrupted [%(default)s]",
     )
-    add("--checkpoints-kept", type=_positive, default=2, help="how many of the latest stay [%(default)s]")
+    add(
+        "--checkpoints-kept",
+        type=_positive,
+        default=Destination.checkpoints_kept,
+        help="how many of the latest stay [%(default)s]",
+    )
 
 
 def _add_bits(parser: Any) -> None:
     parser.add_argument(
-        "--bits", type=int, default=3, help="per weight of the decoder's linears, 1 to 8 [%(default)s]"
+        "--bits",
+        type=int,
+        default=Recipe.bits,
+        help="per weight of the decoder's linears, 1 to 8 [%(default)s]",
     )
     parser.add_argument(
         "--embedding-bits", type=int, help="per weight of embedding and output head, 1 to 8 [none: dense]"
@@ -170,6 +189,23 @@ def _positive(text: str) -> int:
     return number
 
 
+def _at_least_two(text: str) -> int:
+    number = _natural(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError("must be at least 2: a BOS and a token")
+    return number
+
+
+def _fraction(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
 def _natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
@@ -181,7 +217,6 @@ def _natural(text: str) -> int:
 
 def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     from integrations.finetune import finetune
-    from integrations.recipe import Destination, Recipe
 
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
     destination = Destination(**{field.name: getattr(options, field.name) for field in fields(Destination)})

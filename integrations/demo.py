@@ -138,7 +138,7 @@ def _train(
         learning_rate=learning_rate,
         batch_size=8,
     )
-    result = finetune(recipe, Destination(output))
+    result = finetune(recipe, Destination(output, checkpoint_interval=0))
     return {key: result[key] for key in _MEMORY}
 
 

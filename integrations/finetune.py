@@ -9,19 +9,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from edkm import DKMConfig, PaletteError, cluster
 from integrations.checkpoint import Checkpoints
-from integrations.corpus import Row, Sampler
+from integrations.corpus import Corpus, Row, Sampler
 from integrations.dense import DenseWeights
 from integrations.directory import disk_bytes, made_early, require_vacant
 from integrations.errors import CommandError, told_as_command_error
 from integrations.evaluate import held_out_loss
 from integrations.palettized import write_dense, write_palettized
-from integrations.recipe import DTYPES, Destination, Recipe
+from integrations.recipe import Destination, Recipe
 from integrations.text import Reading, Tokenizer, read_training_text
 from integrations.train import Schedule, Training, Weights, train
-from integrations.transformers import load_dense, load_tokenizer, model_context
+from integrations.transformers import load_dense, load_tokenizer, model_context, require_model
 
 _MAX_HELD_OUT_ROWS = 64
 _MAX_GAP = 0.01
@@ -44,21 +45,16 @@ def finetune(recipe: Recipe, destination: Destination) -> dict[str, Any]:
     began = time.monotonic()
     _config(recipe)
     _require_destination(destination)
+    require_model(recipe.model)
     with made_early(destination.output):
+        context = recipe.max_tokens(model_context(recipe.model))
         tokenizer = load_tokenizer(recipe.model)
-        reading = _read(recipe, tokenizer)
+        reading = _read(recipe, tokenizer, context=context)
         corpus, held_out = reading.corpus.hold_out(_MAX_HELD_OUT_ROWS)
-        torch.manual_seed(recipe.seed)
-        model = load_dense(recipe.model, dtype=DTYPES[recipe.dtype])
-        torch.nn.Module.to(model, recipe.device)
+        model = _load(recipe)
         loss_dense = held_out_loss(model, held_out)
         weights = _weights(model, recipe)
-        training = Training(
-            model,
-            weights,
-            sampler=Sampler(corpus, batch_size=recipe.batch_size, seed=recipe.seed),
-            schedule=Schedule(recipe.steps, recipe.learning_rate, num_accumulated=recipe.accumulate),
-        )
+        training = _training(model, weights, corpus=corpus, recipe=recipe)
         notes = _train(training, recipe=recipe, destination=destination, held_out=held_out)
         after = training.held_out_losses(held_out)
         num_dead = sum(weights.num_dead_centroids().values())
@@ -69,10 +65,7 @@ def finetune(recipe: Recipe, destination: Destination) -> dict[str, Any]:
         "output": str(destination.output),
         "bits": None if recipe.dense else recipe.bits,
         "num_steps": recipe.steps,
-        "num_rows": reading.num_rows,
-        "num_held_out_rows": len(held_out),
-        "num_truncated_rows": reading.num_truncated,
-        "num_dropped_rows": reading.num_dropped,
+        **_counts(reading, held_out),
         "held_out_loss_dense": loss_dense,
         "held_out_loss_before": notes["before"],
         "held_out_loss_after": after,
@@ -91,8 +84,7 @@ def _require_destination(destination: Destination) -> None:
         raise CommandError(f"{destination.output} is finished: there is nothing to resume")
 
 
-def _read(recipe: Recipe, tokenizer: Tokenizer) -> Reading:
-    context = recipe.max_tokens(model_context(recipe.model))
+def _read(recipe: Recipe, tokenizer: Tokenizer, *, context: int) -> Reading:
     reading = read_training_text(recipe.data, tokenizer, context=context, separator=recipe.separator)
     if reading.num_truncated or reading.num_dropped:
         print(
@@ -103,11 +95,38 @@ def _read(recipe: Recipe, tokenizer: Tokenizer) -> Reading:
     return reading
 
 
+def _counts(reading: Reading, held_out: Sequence[Row]) -> dict[str, int]:
+    return {
+        "num_rows": reading.num_rows,
+        "num_held_out_rows": len(held_out),
+        "num_truncated_rows": reading.num_truncated,
+        "num_dropped_rows": reading.num_dropped,
+    }
+
+
+def _load(recipe: Recipe) -> PreTrainedModel:
+    torch.manual_seed(recipe.seed)
+    model = load_dense(recipe.model, dtype=None if recipe.dtype == "auto" else getattr(torch, recipe.dtype))
+    # A torch built without CUDA asserts.
+    with told_as_command_error(RuntimeError, AssertionError):
+        nn.Module.to(model, recipe.device)
+    return model
+
+
 def _weights(model: nn.Module, recipe: Recipe) -> Weights:
     if recipe.dense:
         return DenseWeights(model)
     with told_as_command_error(PaletteError):
         return cluster(model, _config(recipe))
+
+
+def _training(model: nn.Module, weights: Weights, *, corpus: Corpus, recipe: Recipe) -> Training:
+    return Training(
+        model,
+        weights,
+        sampler=Sampler(corpus, batch_size=recipe.batch_size, seed=recipe.seed),
+        schedule=Schedule(recipe.steps, recipe.learning_rate, num_accumulated=recipe.accumulate),
+    )
 
 
 def _config(recipe: Recipe) -> DKMConfig:

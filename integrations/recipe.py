@@ -7,14 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-DTYPES: dict[str, torch.dtype | None] = {
-    "auto": None,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 _ROW_CONTEXT = 512
 _STREAM_CONTEXT = 256
 
@@ -36,7 +29,7 @@ class Recipe:
         context: tokens a row, BOS included; None is 512, and 256 for a text without separator.
         separator: what parts the documents of a plain text.
         seed: of the order of the rows and whatever else is drawn.
-        dtype: of the weights, a key of `DTYPES`; `auto` is the checkpoint's own.
+        dtype: of the weights, one of `DTYPES`; `auto` is the checkpoint's own.
         device: where to train.
     """
 
@@ -83,7 +76,7 @@ class Destination:
 
     output: Path
     resume: bool = False
-    checkpoint_interval: int = 0
+    checkpoint_interval: int = 100
     checkpoints_kept: int = 2
 
     @property

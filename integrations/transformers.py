@@ -71,6 +71,25 @@ def load_tokenizer(name: str) -> HubTokenizer:
         )
 
 
+def require_model(name: str) -> None:
+    """Refuse at once a directory that no dense model can be loaded from; hub names pass.
+
+    Raises:
+        CommandError: it lacks its configuration or weights, or is palettized.
+    """
+    directory = Path(name)
+    if not directory.is_dir():
+        return
+    if not (directory / "config.json").is_file():
+        raise CommandError(f"{directory} is not a model directory: it has no config.json")
+    if is_palettized(directory):
+        raise CommandError(
+            f"{directory} is palettized, and a dense model is needed: run edkm export --dense on it"
+        )
+    if not any(directory.glob("*.safetensors")):
+        raise CommandError(f"{directory} has no weights: no *.safetensors file lies in it")
+
+
 def load_dense(name: str, *, dtype: torch.dtype | None = None) -> transformers.PreTrainedModel:
     """A causal language model with all its weights, in evaluation mode.
 
@@ -81,8 +100,7 @@ def load_dense(name: str, *, dtype: torch.dtype | None = None) -> transformers.P
     Raises:
         CommandError: no such model, an unknown architecture, or weights that are missing or damaged.
     """
-    if Path(name).is_dir():
-        _require_weights(Path(name))
+    require_model(name)
     with _reported(f"cannot load {name}"):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             name,
@@ -134,26 +152,15 @@ def local_directory(name: str) -> Path:
     return Path(str(found)).parent
 
 
-def _require_weights(directory: Path) -> None:
-    if not (directory / "config.json").is_file():
-        raise CommandError(f"{directory} is not a model directory: it has no config.json")
-    if is_palettized(directory):
-        raise CommandError(
-            f"{directory} is palettized, and a dense model is needed: run edkm export --dense on it"
-        )
-    if not any(directory.glob("*.safetensors")):
-        raise CommandError(f"{directory} has no weights: no *.safetensors file lies in it")
-
-
 @contextmanager
 def _meta_parameters() -> Iterator[None]:
     # `torch.device("meta")` would take along the rotary tables too, and no file brings those back.
-    def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    def _to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta:
             return None
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    hook = register_module_parameter_registration_hook(_to_meta)  # type: ignore[arg-type]
     try:
         yield
     finally:

@@ -62,7 +62,7 @@ def test_the_latest_stay_and_the_last_is_marked(tmp_path: Path) -> None:
 
 
 def test_one_that_was_cut_short_does_not_count(tmp_path: Path) -> None:
-    """As SIGKILL in the middle of writing leaves it: the earlier one is loaded, the rest goes with the next."""
+    """As SIGKILL leaves it while writing: the earlier one is loaded, and the next takes the rest away."""
     checkpoints(tmp_path).save({"step": 5}, step=5)
     partial = tmp_path / ".partial-step-00000010"
     partial.mkdir()
@@ -96,7 +96,7 @@ def test_a_damaged_checkpoint_is_told(name: str, damage: object, tmp_path: Path)
         path.write_bytes(damage(path.read_bytes()))
     else:
         path.unlink()
-    with pytest.raises(CommandError, match="the last checkpoint in .* cannot be read"):
+    with pytest.raises(CommandError, match=r"the last checkpoint in .* cannot be read"):
         checkpoints(tmp_path).load()
 
 
@@ -153,7 +153,7 @@ def test_a_failing_file_leaves_the_earlier_checkpoint(
 
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(
-        CommandError, match="cannot write the checkpoint of step 2: .*No space left on device"
+        CommandError, match=r"cannot write the checkpoint of step 2: .*No space left on device"
     ):
         checkpoints(tmp_path).save({"step": 2}, step=2)
     assert names(tmp_path) == ["last.json", "step-00000001"]

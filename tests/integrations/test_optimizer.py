@@ -1,6 +1,7 @@
 """No update is lost in a 16-bit weight, and AdamW is torch's own."""
 
 import io
+import itertools
 import math
 
 import pytest
@@ -82,7 +83,7 @@ def test_a_loaded_state_goes_on_to_the_same_bits(dtype: torch.dtype) -> None:
 def test_the_rate_rises_then_falls_to_nothing() -> None:
     factors = [cosine_factor(step, num_steps=100, warmup_steps=5) for step in range(100)]
     assert factors[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
-    assert all(later < earlier for earlier, later in zip(factors[5:], factors[6:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(factors[5:]))
     assert math.isclose(factors[52], 0.5 * (1 + math.cos(math.pi * 47 / 95)))
     assert 0 < factors[-1] < 1e-3
     assert cosine_factor(0, num_steps=1, warmup_steps=1) == 1.0

@@ -12,8 +12,9 @@ from integrations.text import Reading, read_training_text
 from integrations.transformers import HubTokenizer
 
 WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-    "\n\n### Instruction:\nSay hello.\n\n### Response:"
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nSay hello.\n\n### Response:"
 )
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "

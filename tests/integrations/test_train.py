@@ -61,7 +61,7 @@ def test_a_step_reports_what_the_store_did(tiny_model: Path) -> None:
 
 
 def test_the_loss_falls(tiny_model: Path) -> None:
-    model, run = training(tiny_model)
+    _, run = training(tiny_model)
     rows = corpus().cut(0.0)
     before = run.held_out_losses(rows)
     for _ in range(NUM_STEPS):
@@ -134,7 +134,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     )
     handler = signal.getsignal(number)
     with pytest.raises(
-        InterruptedRunError, match="after step 2 of 4, checkpoint in .*--resume goes on"
+        InterruptedRunError, match=r"after step 2 of 4, checkpoint in .*--resume goes on"
     ) as caught:
         train(interrupted, num_steps=NUM_STEPS, checkpoints=checkpoints(tmp_path / "b"), interval=0, notes={})
     assert caught.value.exit_code == 128 + number

@@ -72,7 +72,7 @@ def test_missing_weights_are_not_made_up(model: Path) -> None:
 def test_a_truncated_weight_file_is_told(model: Path) -> None:
     path = model / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CommandError, match="cannot load .*model: "):
+    with pytest.raises(CommandError, match=r"cannot load .*model: "):
         load_dense(str(model))
 
 
