@@ -15,6 +15,7 @@ from integrations.errors import CommandError, InterruptedRunError
 from integrations.recipe import DTYPES, Destination, Recipe
 
 _EXTRA = ("transformers", "tokenizers", "tqdm")
+_MAX_NUMBER = 2**32
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,12 +122,12 @@ def _add_finetune(commands: Any) -> None:
 
 def _add_run(parser: Any) -> None:
     add = parser.add_argument
-    add("--seed", type=int, default=Recipe.seed, help="of the order of the rows [%(default)s]")
+    add("--seed", type=_natural, default=Recipe.seed, help="of the order of the rows [%(default)s]")
     add(
         "--dtype",
         choices=DTYPES,
         default=Recipe.dtype,
-        help="of the weights; auto is the checkpoint's [%(default)s]",
+        help="of the weights; auto is the checkpoint's, float32 for float16 [%(default)s]",
     )
     add("--device", default=Recipe.device, help="where to train, such as cuda [%(default)s]")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
@@ -209,6 +210,8 @@ def _fraction(text: str) -> float:
 def _natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    if int(text) >= _MAX_NUMBER:
+        raise argparse.ArgumentTypeError(f"must be less than {_MAX_NUMBER}")
     return int(text)
 
 

@@ -143,7 +143,7 @@ class Sampler:
 
     def _begin(self, epoch: int) -> None:
         # An own generator: the order must not depend on who else draws random numbers, nor on how often.
-        generator = torch.Generator().manual_seed((self._seed << 20) + epoch)
+        generator = torch.Generator().manual_seed((self._seed << 24) + epoch)
         self._rows = self._corpus.cut(float(torch.rand((), generator=generator)))
         self._order = torch.randperm(len(self._rows), generator=generator).tolist()
         self._epoch, self._position = epoch, 0

@@ -26,7 +26,7 @@ _BITS = 3
 _MEMORY = ("saved_bytes", "peak_held_bytes")
 
 
-def demo(directory: Path, *, base_steps: int = 600, clustered_steps: int = 200) -> dict[str, Any]:
+def demo(directory: Path, *, base_steps: int = 500, clustered_steps: int = 150) -> dict[str, Any]:
     """Train a tiny LLaMA, pack it to 3 bits by k-means alone and by eDKM, and compare the three.
 
     Arguments:
@@ -73,10 +73,10 @@ def fresh_directory(wanted: Path) -> Path:
 
 def table(result: Mapping[str, Any]) -> str:
     """The comparison, the files and the time, for reading."""
-    lines = [f"{'':<24}{'perplexity':>11}{'on disk':>11}{'autograd asked':>16}{'store held':>12}"]
+    lines = [f"{'':<28}{'perplexity':>11}{'on disk':>11}{'autograd asked':>16}{'store held':>12}"]
     for name, row in result["rows"].items():
         sizes = [_size(row.get(key)) for key in ("disk_bytes", *_MEMORY)]
-        lines.append(f"{name:<24}{row['perplexity']:>11.3f}{sizes[0]:>11}{sizes[1]:>16}{sizes[2]:>12}")
+        lines.append(f"{name:<28}{row['perplexity']:>11.3f}{sizes[0]:>11}{sizes[1]:>16}{sizes[2]:>12}")
     lines += ["", f"written in {result['seconds']:.0f} s:", *(f"  {file}" for file in result["files"])]
     return "\n".join(lines)
 
@@ -93,7 +93,7 @@ def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def write_untrained(directory: Path, *, width: int = 128, num_layers: int = 4, context: int = 128) -> None:
+def write_untrained(directory: Path, *, width: int = 96, num_layers: int = 4, context: int = 128) -> None:
     """Write a byte-level LLaMA with random weights, always the same, and its tokenizer.
 
     Arguments:

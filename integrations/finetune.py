@@ -107,6 +107,9 @@ def _counts(reading: Reading, held_out: Sequence[Row]) -> dict[str, int]:
 def _load(recipe: Recipe) -> PreTrainedModel:
     torch.manual_seed(recipe.seed)
     model = load_dense(recipe.model, dtype=None if recipe.dtype == "auto" else getattr(torch, recipe.dtype))
+    if model.dtype == torch.float16:
+        # Gradients this small vanish in float16, and nothing here scales the loss.
+        nn.Module.float(model)
     # A torch built without CUDA asserts.
     with told_as_command_error(RuntimeError, AssertionError):
         nn.Module.to(model, recipe.device)

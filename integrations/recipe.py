@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16")
 _ROW_CONTEXT = 512
 _STREAM_CONTEXT = 256
 
@@ -29,7 +29,7 @@ class Recipe:
         context: tokens a row, BOS included; None is 512, and 256 for a text without separator.
         separator: what parts the documents of a plain text.
         seed: of the order of the rows and whatever else is drawn.
-        dtype: of the weights, one of `DTYPES`; `auto` is the checkpoint's own.
+        dtype: of the weights, one of `DTYPES`; `auto` is the checkpoint's own, float32 for float16.
         device: where to train.
     """
 

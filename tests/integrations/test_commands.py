@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from integrations import commands
 from integrations.commands import main
@@ -82,6 +83,7 @@ def test_help_states_the_defaults(command: str, capsys: pytest.CaptureFixture[st
         (["eval", "--model", "x", "--text", "y", "--bits", "3"], "unrecognized arguments: --bits 3"),
         (["finetune", "--steps", "0"], "argument --steps: must be at least 1"),
         (["finetune", "--steps", "-1"], "argument --steps: '-1' is not a whole number"),
+        (["finetune", "--seed", str(2**32)], "argument --seed: must be less than 4294967296"),
         (["finetune", "--bits", "three"], "argument --bits: invalid int value: 'three'"),
         (["finetune", "--context", "1"], "argument --context: must be at least 2"),
         (["finetune", "--learning-rate", "nan"], "argument --learning-rate: 'nan' is not a number above 0"),
@@ -115,6 +117,22 @@ def test_wrong_values_are_one_line(
     short.write_text("x" * (100 if "--device" in more else 10))
     assert message in error_line(finetune(tiny_model, short, tmp_path / "out", *more), capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_finite_are_one_line(
+    tiny_model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load_dense(str(tiny_model))
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 3] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    for path in tiny_model.glob("tokenizer*"):
+        (tmp_path / "model" / path.name).write_bytes(path.read_bytes())
+    output = tmp_path / "out"
+    packed = ["palettize", "--model", str(tmp_path / "model"), "--output", str(output)]
+    for arguments in (packed, finetune(tmp_path / "model", text, output)):
+        assert "up_proj" in error_line(arguments, capsys)
+        assert not output.exists()
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(

@@ -156,6 +156,16 @@ def test_bf16_trains_and_is_written_in_bf16(recipe: Recipe, tmp_path: Path) -> N
     assert load_model(str(tmp_path / "out")).dtype == torch.bfloat16
 
 
+def test_fp16_trains_in_fp32(recipe: Recipe, tmp_path: Path) -> None:
+    model = load_dense(recipe.model, dtype=torch.float16)
+    model.save_pretrained(tmp_path / "model")
+    for path in Path(recipe.model).glob("tokenizer*"):
+        (tmp_path / "model" / path.name).write_bytes(path.read_bytes())
+    run = replace(recipe, model=str(tmp_path / "model"), steps=1, dense=True)
+    finetune(run, Destination(tmp_path / "out", checkpoint_interval=0))
+    assert load_dense(str(tmp_path / "out")).dtype == torch.float32
+
+
 def test_the_embedding_can_be_packed_too(recipe: Recipe, tmp_path: Path) -> None:
     dense = finetune(recipe, Destination(tmp_path / "a", checkpoint_interval=0))
     packed = finetune(replace(recipe, embedding_bits=8), Destination(tmp_path / "b", checkpoint_interval=0))

@@ -116,6 +116,15 @@ def test_a_hub_name_goes_through_transformers(monkeypatch: pytest.MonkeyPatch, t
     assert asked == [("someone/some-llama", True, False)]
 
 
+def test_a_hub_name_lies_where_it_was_loaded_to(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
+    def cached_file(name: str, file: str) -> str:
+        assert name == "someone/some-llama"
+        return str(tiny_model / file)
+
+    monkeypatch.setattr(transformers.utils.hub, "cached_file", cached_file)
+    assert local_directory("someone/some-llama") == tiny_model
+
+
 def test_a_directory_without_tokenizer_is_told(model: Path) -> None:
     for path in model.glob("tokenizer*"):
         path.unlink()
