@@ -4,7 +4,6 @@
 
 import ctypes
 import weakref
-from collections.abc import Callable
 
 import torch
 import xxhash
@@ -53,21 +52,11 @@ class _StorageRef(weakref.ref[torch.UntypedStorage]):
 
     __slots__ = ("key",)
 
-    def __new__(
-        cls, storage: torch.UntypedStorage, forget: "Callable[[weakref.ref[torch.UntypedStorage]], None]"
-    ) -> "_StorageRef":
-        reference = super().__new__(cls, storage, forget)
-        reference.key = id(storage)
-        return reference
-
-    def __init__(
-        self, storage: torch.UntypedStorage, forget: "Callable[[weakref.ref[torch.UntypedStorage]], None]"
-    ) -> None:
-        super().__init__(storage, forget)
+    key: int
 
 
 class StorageIndex:
-    """Living storages by identity. An address may come back after a free; a dead weak reference never does."""
+    """Living storages by identity: an address may come back after a free, a dead weak reference does not."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
@@ -82,7 +71,9 @@ class StorageIndex:
         """Return the record of `storage`, a new one when it was not seen alive before."""
         record = self._records.get(id(storage))
         if record is None or record.alive() is not storage:
-            record = self._records[id(storage)] = StorageRecord(_StorageRef(storage, self._forget))
+            alive = _StorageRef(storage, self._forget)
+            alive.key = id(storage)
+            record = self._records[alive.key] = StorageRecord(alive)
         record.num_bytes = storage.nbytes()
         return record
 
@@ -138,5 +129,5 @@ def digest_of(source: Tensor) -> bytes:
     """
     storage = source.untyped_storage()
     if storage.device.type != "cpu":
-        storage = storage.cpu()
+        storage = storage.cpu()  # type: ignore[no-untyped-call]
     return xxhash.xxh3_128_digest(_memory_view(storage.data_ptr(), storage.nbytes(), _READ_ONLY))

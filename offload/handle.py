@@ -72,9 +72,9 @@ class Reference(Content):
         else:
             seen = f"it is at version {_version_of(source)} and was saved at version {version}"
         return (
-            f"backward needs a saved tensor of shape {tuple(source.shape)}, {source.dtype}, kept by reference, but {seen}: it was changed "
-            "in place after it was saved. Change a clone instead, or move the change (an optimizer step, an in-place operation) "
-            "behind backward."
+            f"backward needs a saved tensor of shape {tuple(source.shape)}, {source.dtype}, kept by "
+            f"reference, but {seen}: it was changed in place after it was saved. Change a clone instead, or "
+            "move the change (an optimizer step, an in-place operation) behind backward."
         )
 
 
@@ -85,7 +85,7 @@ class Encoded(Content):
 
     __slots__ = ("_charge", "_payload", "_start")
 
-    def __init__(self, payload: Payload, *, start: int, charge: Charge) -> None:
+    def __init__(self, payload: Payload, *, start: int | None, charge: Charge) -> None:
         self._payload = payload
         self._start = start
         self._charge = charge

@@ -54,18 +54,23 @@ def lift(tensor: Tensor) -> tuple[Layout, Tensor]:
         alias = alias.conj()
     if neg:
         alias = torch._neg_view(alias)
-    layout = Layout(alias.shape, alias.stride(), alias.storage_offset(), alias.dtype, conj, neg)
+    layout = Layout(alias.shape, alias.stride(), int(alias.storage_offset()), alias.dtype, conj, neg)
     return layout, alias
 
 
-def block_of(source: Tensor, layout: Layout, *, whole_storage: bool) -> tuple[Block, int]:
-    """Return the bytes of the storage of `source`, or only those that `layout` reaches, as a block, and the
-    first one's number.
+def block_of(source: Tensor, layout: Layout, *, whole_storage: bool) -> tuple[Block, int | None]:
+    """Return the bytes to encode as a block, and the number of their first byte in the storage.
+
+    That is the whole storage of `source`, or only what `layout` reaches: from its first byte to its last, or,
+    where that has gaps, its items in order, with None for the number.
     """
     storage = source.untyped_storage()
     start, stop = (0, storage.nbytes()) if whole_storage else layout.span()
-    flat = torch.empty(0, dtype=torch.uint8, device=source.device).set_(storage, start, (stop - start,), (1,))
     item_bytes = layout.dtype.itemsize
+    if stop - start > source.nbytes and not whole_storage:
+        flat = source.contiguous().view(-1).view(torch.uint8)
+        return Block(flat, item_bytes, layout.shape[-1]), None
+    flat = torch.empty(0, dtype=torch.uint8, device=source.device).set_(storage, start, (stop - start,), (1,))
     return Block(flat, item_bytes, layout.row_items((stop - start) // item_bytes)), start
 
 
@@ -80,10 +85,11 @@ def lay(layout: Layout, alias: Tensor) -> Tensor:
     return _resolve(layout, laid)
 
 
-def lay_bytes(layout: Layout, decoded: Tensor, *, start: int) -> Tensor:
-    """Return a tensor with `layout` on `decoded`, uint8 `[num_bytes]`, a copy of the storage from byte
-    `start` on.
-    """
+def lay_bytes(layout: Layout, decoded: Tensor, *, start: int | None) -> Tensor:
+    """Return a tensor with `layout` on `decoded`, uint8 `[num_bytes]`, the bytes and the number of `block_of`."""
+    if start is None:
+        laid = torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=decoded.device)
+        return _resolve(layout, laid.copy_(decoded.view(layout.dtype).view(layout.shape)))
     return _resolve(layout, _on_storage(layout, decoded, layout.offset - start // layout.dtype.itemsize))
 
 

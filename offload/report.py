@@ -12,13 +12,14 @@ def report_text(stats: Stats, rows: Sequence[Row]) -> str:
     became of it.
     """
     lines = [
-        f"saved {human_bytes(stats.saved_bytes)} in {stats.num_saved} tensors, on {human_bytes(stats.storage_bytes)} of storage; "
-        f"held {human_bytes(stats.held_bytes)}, at most {human_bytes(stats.peak_held_bytes)}"
+        f"saved {human_bytes(stats.saved_bytes)} in {stats.num_saved} tensors, "
+        f"on {human_bytes(stats.storage_bytes)} of storage; held {human_bytes(stats.held_bytes)}, "
+        f"at most {human_bytes(stats.peak_held_bytes)}"
     ]
     shown = sorted(rows, key=lambda row: -row.saved_bytes)[:_NUM_ROWS]
     if shown:
         width = max(len(row.site) for row in shown)
-        lines += [f"{'saved':>11} {'num':>5}  {'by':<{width}}  what"] + [
+        lines += [f"{'saved':>11} {'kept':>11} {'num':>5}  {'by':<{width}}  what"] + [
             _row_text(row, width) for row in shown
         ]
     if len(rows) > len(shown):
@@ -39,4 +40,5 @@ def human_bytes(num_bytes: int) -> str:
 def _row_text(row: Row, width: int) -> str:
     dtype = str(row.dtype).removeprefix("torch.")
     fate = ", ".join(f"{stage} {num}" for stage, num in sorted(row.num_by_stage.items()))
-    return f"{human_bytes(row.saved_bytes):>11} {row.num_saved:>5}  {row.site:<{width}}  {dtype}{list(row.shape)}: {fate}"
+    sizes = f"{human_bytes(row.saved_bytes):>11} {human_bytes(row.kept_bytes):>11} {row.num_saved:>5}"
+    return f"{sizes}  {row.site:<{width}}  {dtype}{list(row.shape)}: {fate}"

@@ -5,9 +5,10 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-# A view this much smaller than its storage (a batch cut from a memory-mapped file) is not worth reading all
-# of the storage for.
+# A view this much smaller than a large storage (a batch cut from a memory-mapped file, a step of a long
+# sequence) is not worth reading all of the storage for.
 _WINDOW_FRACTION = 16
+_LARGE_BYTES = 1 << 20
 
 
 class Kind(Enum):
@@ -35,7 +36,7 @@ def is_window(span_bytes: int, *, storage_bytes: int) -> bool:
     """Return whether a view reaches so little of its storage that hashing all of it would cost more than it
     can win.
     """
-    return span_bytes * _WINDOW_FRACTION < storage_bytes
+    return storage_bytes > _LARGE_BYTES and span_bytes * _WINDOW_FRACTION < storage_bytes
 
 
 def _is_parameter(tensor: Tensor) -> bool:

@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+from torch._C._autograd import _get_sequence_nr
 
 from offload.codecs.base import Codec
 from offload.codecs.choose import encode_best
@@ -34,6 +34,7 @@ class Pending(NamedTuple):
     layout: Layout
     record: StorageRecord
     row: Row
+    new_bytes: int
 
 
 class Settler:
@@ -63,8 +64,10 @@ class Settler:
         if record.num_bytes < self._min_bytes or is_window(
             layout.span_bytes(), storage_bytes=record.num_bytes
         ):
-            row.count("reference")
-            return Handle(self._new_entry(layout, source, record), layout=layout), storage_bytes
+            charged_bytes = self._ledger.charged_bytes
+            entry = self._new_entry(layout, source, record)
+            row.count("reference", kept_bytes=self._ledger.charged_bytes - charged_bytes)
+            return Handle(entry, layout=layout), storage_bytes
         digest = digest_of(source)
         known = record.entry(source._version) if self._dedupe else None
         if known is not None and isinstance(known.content, Reference):
@@ -73,15 +76,17 @@ class Settler:
                 return Handle(known, layout=layout, saver=known.content.add(source)), storage_bytes
             known.follows = True
         follows = known is not None and known.follows
+        charged_bytes = self._ledger.charged_bytes
         entry = self._new_entry(layout, source, record, digest=digest, follows=follows)
         record.put(entry, source._version)
-        sequence = torch.autograd._get_sequence_nr()
-        self._queue.pending.append(Pending(sequence, weakref.ref(entry), layout, record, row))
+        new_bytes = self._ledger.charged_bytes - charged_bytes
+        sequence = _get_sequence_nr()
+        self._queue.pending.append(Pending(sequence, weakref.ref(entry), layout, record, row, new_bytes))
         return Handle(entry, layout=layout), storage_bytes
 
     def settle_returned(self) -> None:
         """Settle what this thread saved under an earlier node than the one being built."""
-        now = torch.autograd._get_sequence_nr()
+        now = _get_sequence_nr()
         queue = self._queue.pending
         while queue and queue[0].sequence != now:
             self._settle(queue.popleft())
@@ -105,15 +110,17 @@ class Settler:
         digest: bytes | None = None,
         follows: bool = False,
     ) -> Entry:
-        charge = self._storages.charge(record) if self._dedupe else self._ledger.charge(layout.span_bytes())
+        charge = self._storages.charge(record) if self._dedupe else self._ledger.charge(min(layout.span_bytes(), source.nbytes))
         return Entry(
             Reference(source, num_bytes=record.num_bytes, charge=charge), digest=digest, follows=follows
         )
 
     def _settle(self, pending: Pending) -> None:
         entry = pending.entry()
+        charged_bytes = self._ledger.charged_bytes
         stage = "reference" if entry is None else self._place(entry, pending.layout, pending.record)
-        pending.row.count(stage)
+        kept_bytes = pending.new_bytes if stage == "reference" else self._ledger.charged_bytes - charged_bytes
+        pending.row.count(stage, kept_bytes=kept_bytes)
 
     def _place(self, entry: Entry, layout: Layout, record: StorageRecord) -> str:
         """Give `entry` bytes of its own where a stage has a reason to, and return the name of the stage."""
@@ -135,7 +142,7 @@ class Settler:
     def _own_bytes(
         self, digest: bytes, source: Tensor, layout: Layout, record: StorageRecord
     ) -> tuple[str, Content | None]:
-        """Return bytes apart from the storage and the stage that has them, or None where a reference will do."""
+        """Return bytes apart from the storage and the stage that has them; None where a reference will do."""
         shared = self._find_content(digest, source, layout) if self._dedupe else None
         if shared is not None:
             return "content", shared

@@ -50,12 +50,15 @@ class Ledger:
         self._lock = threading.Lock()
         self._held_bytes = 0
         self._peak_bytes = 0
+        self.charged_bytes = 0
+        """All charges ever made: the difference of two readings is what was charged between them."""
 
     def charge(self, num_bytes: int) -> Charge:
         """Return a charge of `num_bytes`; whoever owns the memory owns the charge."""
         with self._lock:
             self._book()
             self._held_bytes += num_bytes
+            self.charged_bytes += num_bytes
             self._peak_bytes = max(self._peak_bytes, self._held_bytes)
         return Charge(num_bytes, self._given_back)
 
@@ -76,20 +79,24 @@ class Ledger:
             self._held_bytes -= self._given_back.popleft()
 
 
-@dataclass(slots=True)
 class Row:
-    """All saves of one line of code with one shape and dtype."""
+    """All saves of one line of code with one shape and dtype, counted as they come."""
 
-    site: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    num_saved: int = 0
-    saved_bytes: int = 0
-    num_by_stage: dict[str, int] = field(default_factory=dict)
+    __slots__ = ("dtype", "kept_bytes", "num_by_stage", "num_saved", "saved_bytes", "shape", "site")
 
-    def count(self, stage: str) -> None:
-        """Book one save that ended as `stage`."""
+    def __init__(self, site: str, *, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.site = site
+        self.shape = shape
+        self.dtype = dtype
+        self.num_saved = 0
+        self.saved_bytes = 0
+        self.kept_bytes = 0
+        self.num_by_stage: dict[str, int] = {}
+
+    def count(self, stage: str, *, kept_bytes: int = 0) -> None:
+        """Book one save that ended as `stage` and for which the store came to hold `kept_bytes` more."""
         self.num_by_stage[stage] = self.num_by_stage.get(stage, 0) + 1
+        self.kept_bytes += kept_bytes
 
 
 class Counts:
@@ -99,12 +106,12 @@ class Counts:
         self.rows: dict[tuple[str, torch.Size, torch.dtype], Row] = {}
         self.storage_bytes = 0
 
-    def row(self, site: str, shape: torch.Size, dtype: torch.dtype) -> Row:
+    def row(self, site: str, *, shape: torch.Size, dtype: torch.dtype) -> Row:
         """Return the row of these saves, a new one at its first, with this save counted."""
         key = (site, shape, dtype)
         row = self.rows.get(key)
         if row is None:
-            row = self.rows[key] = Row(site, tuple(shape), dtype)
+            row = self.rows[key] = Row(site, shape=tuple(shape), dtype=dtype)
         row.num_saved += 1
         return row
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 from types import TracebackType
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -31,10 +32,9 @@ class SavedTensorStore:
 
     Args:
         dedupe: keep one payload per storage and version, and per content. Without it every save gets a copy
-            of its own.
+            of its own: what a store that copies each save would hold.
         uniquify: hold tensors of few distinct scalars or rows as a table and a packed index, without losing a
-            bit. True takes the
-            default codecs; a sequence of codecs takes those.
+            bit. True takes the default codecs; a sequence of codecs takes those.
         min_bytes: tensors on smaller storages are kept by reference.
 
     Raises:
@@ -49,7 +49,9 @@ class SavedTensorStore:
             raise ValueError(f"SavedTensorStore: min_bytes is {min_bytes} bytes; give 0 or more")
         self._ledger = Ledger()
         self._counts = Counts()
-        self._settler = Settler(_codecs_of(uniquify), dedupe=dedupe, min_bytes=min_bytes, ledger=self._ledger)
+        self._settler = Settler(
+            _codecs_of(uniquify=uniquify), dedupe=dedupe, min_bytes=min_bytes, ledger=self._ledger
+        )
         self._sites = Sites()
         self._lock = threading.RLock()
         self._entered = _Entered()
@@ -95,7 +97,8 @@ class SavedTensorStore:
         with self._lock:
             self._settler.settle_returned()
             kind = kind_of(tensor)
-            row = self._counts.row(self._sites.calling(), tensor.shape, tensor.dtype)
+            shape = torch.Size() if tensor.is_nested else tensor.shape  # a nested tensor has none
+            row = self._counts.row(self._sites.calling(), shape=shape, dtype=tensor.dtype)
             if kind is not Kind.PLAIN:
                 row.count(kind.value)
                 return Handle(Entry(Reference(tensor.detach())))
@@ -116,7 +119,7 @@ class _Entered(threading.local):
         self.hooks: list[saved_tensors_hooks] = []
 
 
-def _codecs_of(uniquify: bool | Sequence[Codec]) -> tuple[Codec, ...]:
+def _codecs_of(*, uniquify: bool | Sequence[Codec]) -> tuple[Codec, ...]:
     if isinstance(uniquify, bool):
         return DEFAULT_CODECS if uniquify else ()
     codecs = tuple(uniquify)

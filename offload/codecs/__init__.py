@@ -1,4 +1,4 @@
-"""One codec a file; `base.py` has the contract. A new codec is a new file and one name in `DEFAULT_CODECS`."""
+"""One codec a file; `base.py` has the contract. A new codec is a new file and a name in `DEFAULT_CODECS`."""
 
 from offload.codecs.base import Codec
 from offload.codecs.bits import Bits

@@ -1,6 +1,7 @@
 """The contract of a codec: bytes in, a smaller payload out, and the same bytes back."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from offload.codecs.distinct import sample_rows, sample_size
 from offload.codecs.index_list import IndexLists
 
-_LANES = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+_LANES: Mapping[int, torch.dtype] = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Block:
         """
         if self.num_bytes == 0 or self.num_bytes % width_bytes:
             return None
-        aligned = width_bytes | self.flat.storage_offset()
+        aligned = width_bytes | int(self.flat.storage_offset())
         lane_bytes = next(size for size in _LANES if aligned % size == 0)
         return self.flat.view(_LANES[lane_bytes]).view(-1, width_bytes // lane_bytes)
 

@@ -14,16 +14,17 @@ def encode_best(block: Block, codecs: Sequence[Codec], *, lists: IndexLists) -> 
     must promise half of what the ones before it do: bytes that few are not worth a dearer way. The best
     promise encodes first, then the ones before it.
     """
-    limit_bytes = block.limit_bytes
-    promising: list[Codec] = []
-    best = limit_bytes
-    for codec in codecs:
+    limit_bytes = best = block.limit_bytes
+    worthy: list[tuple[int, int]] = []
+    others: list[tuple[int, int]] = []
+    for number, codec in enumerate(codecs):
         estimate = codec.estimate_bytes(block, limit_bytes=limit_bytes, lists=lists)
-        if estimate is not None and estimate <= best:
-            best = estimate // 2
-            promising.append(codec)
-    for codec in reversed(promising):
-        payload = codec.encode(block, limit_bytes=limit_bytes, lists=lists)
+        if estimate is None:
+            continue
+        (worthy if estimate <= best else others).append((estimate, number))
+        best = min(best, estimate // 2)
+    for _, number in worthy[::-1] + sorted(others):
+        payload = codecs[number].encode(block, limit_bytes=limit_bytes, lists=lists)
         if payload is not None:
-            return codec.name, payload
+            return codecs[number].name, payload
     return None

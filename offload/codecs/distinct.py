@@ -2,6 +2,7 @@
 operations.
 """
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -147,7 +148,8 @@ def sample_size(num_rows: int, *, limit: int) -> int:
 def sample_rows(lanes: Tensor, *, size: int) -> NDArray[Any]:
     """Return about `size` rows of `lanes`, or 64 bytes from the middle of each, `[S, L]`, copied to the host.
 
-    Taken a cache line at a time from places spread over the block: on a large block a sample costs its cache misses.
+    Taken a cache line at a time from places spread over the block: on a large block a sample costs its cache
+    misses.
     """
     num_rows, num_lanes = lanes.shape
     row_bytes = num_lanes * lanes.element_size()
@@ -165,22 +167,22 @@ def sample_rows(lanes: Tensor, *, size: int) -> NDArray[Any]:
 
 
 def estimate_distinct(sample: NDArray[Any], *, num_rows: int, limit: int) -> int | None:
-    """Estimate the distinct rows of a block of `num_rows` from a sample of them, `[S, L]`, or None when they
-    look more than `limit`.
+    """Estimate the distinct rows of a block from a sample of them, `[S, L]`; None when more than `limit`.
 
-    Pairs of equal rows in the sample tell the number by the birthday bound.
+    Chao's estimate: rows that the sample has once, and twice, tell how many it has not seen. A block half of
+    zeros and half of distinct values has few pairs but many singles, and is told apart.
     """
-    size = len(sample)
     if sample.shape[1] > 1:
         sample = (sample.astype(np.int64) * _SAMPLE_MULTIPLIERS[: sample.shape[1]]).sum(1)
-    num_seen = len(set(sample.reshape(-1).tolist()))
-    num_equal = size - num_seen
-    if size == num_rows:
-        return num_seen if num_seen <= limit else None
-    if num_equal == 0 or num_seen > limit:
+    items = sample.reshape(-1).tolist()
+    num_seen = len(set(items))
+    if num_seen > limit or (num_seen == len(items) < num_rows):
         return None
-    estimate = max(num_seen, size * size // (2 * num_equal) if 2 * num_equal < size else num_seen)
-    return estimate if estimate <= limit else None
+    if len(items) == num_rows:
+        return num_seen
+    num_times = Counter(Counter(items).values())
+    num_unseen = num_times[1] * (num_times[1] - 1) // (2 * (num_times[2] + 1))
+    return num_seen + num_unseen if num_seen + num_unseen <= limit else None
 
 
 def _multipliers(num_lanes: int) -> NDArray[np.int64]:

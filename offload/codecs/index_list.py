@@ -63,7 +63,7 @@ class IndexLists:
         """
         bits = bits_for(first.numel())
         packed = pack(index, bits=bits)
-        key = (xxhash.xxh3_128_digest(packed.cpu().numpy()), bits, index.numel(), index.device)
+        key = (xxhash.xxh3_128_digest(packed.cpu().numpy().data), bits, index.numel(), index.device)
         found = self._by_content.get(key)
         if found is None:
             charge = self._ledger.charge(packed.nbytes + first.nbytes)

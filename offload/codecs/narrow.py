@@ -26,8 +26,10 @@ class Narrow(Codec):
         if sample is None:
             return None
         parts = sample.view(np.int16)
-        num_varying = np.count_nonzero(np.bitwise_or.reduce(parts ^ parts[0], axis=0))
-        return int(num_varying) * 2 * (block.num_bytes // block.item_bytes) + 2 * parts.shape[1]
+        num_varying = int(np.count_nonzero(np.bitwise_or.reduce(parts ^ parts[0], axis=0)))
+        num_items = block.num_bytes // block.item_bytes
+        payload_bytes = 2 * (num_varying * num_items + len(parts[0]))
+        return payload_bytes if payload_bytes <= limit_bytes else None
 
     def encode(self, block: Block, *, limit_bytes: int, lists: IndexLists) -> Payload | None:
         """Return the parts that vary anywhere in the block, or None above `limit_bytes`."""

@@ -25,6 +25,8 @@ def pack(items: Tensor, *, bits: int) -> Tensor:
     """Pack `items`, int32 or int64 `[N]` with values in 0 .. 2**bits - 1, bits at most 16, into uint8
     `[packed_bytes(N, bits)]`.
     """
+    if not items.numel():
+        return torch.empty(0, dtype=torch.uint8, device=items.device)
     packed = torch.empty(packed_bytes(items.numel(), bits), dtype=torch.uint8, device=items.device)
     start, shift = 0, 0
     for plane in _planes(bits):
@@ -37,6 +39,8 @@ def pack(items: Tensor, *, bits: int) -> Tensor:
 def unpack(packed: Tensor, *, bits: int, num_items: int) -> Tensor:
     """Return the items of `pack`, int32 `[num_items]`."""
     items = torch.zeros(num_items, dtype=torch.int32, device=packed.device)
+    if not num_items:
+        return items
     start, shift = 0, 0
     for plane in _planes(bits):
         stop = start + _plane_bytes(num_items, plane)

@@ -1,4 +1,4 @@
-"""A table of distinct rows and the list that says which row stands where: what bits, rows and keyed all make."""
+"""A table of distinct rows and a list that says which stands where: what bits, rows and keyed make."""
 
 import torch
 from torch import Tensor

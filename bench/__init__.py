@@ -1,0 +1,1 @@
+"""Benchmarks: what the store and the clustering save and cost. Not installed."""

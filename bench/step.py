@@ -1,0 +1,109 @@
+"""What the store costs and saves on a plain LLaMA training step, beside no store and beside `save_on_cpu`.
+
+python -m bench.step --json
+"""
+
+import argparse
+import json
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+
+from bench.llama import DTYPES, LlamaStep
+from bench.machine import keep, machine
+from bench.rounds import median_ratio, step_seconds
+from offload import SavedTensorStore
+
+_WAYS = {
+    "no store": nullcontext,
+    "save_on_cpu": save_on_cpu,
+    "dedupe": SavedTensorStore,
+    "dedupe+uniquify": lambda: SavedTensorStore(uniquify=True),
+}
+
+
+def measure(dtype: str, *, num_rounds: int) -> dict[str, Any]:
+    """Return bytes and times of one step in `dtype`, a row for each way."""
+    llama = LlamaStep(dtype)
+    llama.step(nullcontext()).backward()
+    plain = llama.gradients()
+    rows: dict[str, Any] = {
+        "no store": {"held_bytes": _plain_bytes(llama)["storage"]},
+        "save_on_cpu": {"held_bytes": _plain_bytes(llama)["saved"]},
+        "dedupe": _store_row(llama, plain, uniquify=False),
+        "dedupe+uniquify": _store_row(llama, plain, uniquify=True),
+    }
+    seconds = step_seconds(llama.step, _WAYS, num_rounds=num_rounds, num_warmup=5)
+    for name, row in rows.items():
+        row["time_over_no_store"] = round(median_ratio(seconds[name], seconds["no store"]), 4)
+        row["median_seconds"] = round(sorted(seconds[name])[num_rounds // 2], 4)
+    return rows
+
+
+def _plain_bytes(llama: LlamaStep) -> dict[str, int]:
+    """Count what autograd saves with nothing around it: `saved` as a store that copies each save
+    (`save_on_cpu`, of a tensor on a GPU) holds it, `storage` as PyTorch holds it; parameters left out.
+    """
+    saved, storages = [0], {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        base = tensor._base
+        if not isinstance(tensor, torch.nn.Parameter) and not isinstance(base, torch.nn.Parameter):
+            saved[0] += tensor.nbytes
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage
+        return tensor.detach()
+
+    loss = llama.step(saved_tensors_hooks(pack, lambda tensor: tensor))
+    del loss
+    return {"saved": saved[0], "storage": sum(storage.nbytes() for storage in storages.values())}
+
+
+def _store_row(llama: LlamaStep, plain: list[Tensor], *, uniquify: bool) -> dict[str, Any]:
+    store = SavedTensorStore(uniquify=uniquify)
+    loss = llama.step(store)
+    held = store.stats
+    loss.backward()
+    return {
+        "held_bytes": held.held_bytes,
+        "peak_held_bytes": held.peak_held_bytes,
+        "num_by_stage": dict(held.num_by_stage),
+        "bit_identical": all(map(torch.equal, llama.gradients(), plain)),
+    }
+
+
+def main() -> None:
+    """Measure, print, and keep the result when asked to."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.step", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="only these (default: all three)")
+    parser.add_argument(
+        "--rounds", type=int, default=40, help="timed steps of each way; the median is told (default 40)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--keep", action="store_true", help="also write it to bench/results/")
+    options = parser.parse_args()
+    dtypes = options.dtype or DTYPES
+    result = {dtype: measure(dtype, num_rounds=options.rounds) for dtype in dtypes} | {"machine": machine()}
+    if options.keep:
+        keep("step", result)
+    print(
+        json.dumps(result, indent=1)
+        if options.json
+        else "\n".join(_table(each, result[each]) for each in dtypes)
+    )
+
+
+def _table(dtype: str, rows: dict[str, Any]) -> str:
+    lines = [f"{dtype:16} {'held MiB':>10} {'time':>7}"]
+    for name, row in rows.items():
+        lines.append(f"{name:16} {row['held_bytes'] / 2**20:>10.2f} {row['time_over_no_store']:>6.3f}x")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
