@@ -173,9 +173,8 @@ def _table(result: dict[str, Any]) -> str:
     ]
     for name, row in result["rows"].items():
         same = "equal" if row["bit_identical"] else "DIFFER"
-        lines.append(
-            f"{name:16} {row['held_mib']:>10.2f} {row['peak_held_mib']:>10.2f} {row['time_over_plain']:>5.2f}x  {same}"
-        )
+        sizes = f"{row['held_mib']:>10.2f} {row['peak_held_mib']:>10.2f}"
+        lines.append(f"{name:16} {sizes} {row['time_over_plain']:>5.2f}x  {same}")
     return "\n".join(lines)
 
 

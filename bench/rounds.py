@@ -1,6 +1,5 @@
 """Measure several ways of doing a step side by side, in turn, so that a drifting machine drifts for all."""
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -29,7 +28,6 @@ def step_seconds(
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in tqdm(range(num_warmup + num_rounds), desc="rounds", unit="round", leave=False):
         for name, inside in ways.items():
-            gc.collect()
             start = time.perf_counter()
             step(inside()).backward()
             if number >= num_warmup:

@@ -79,9 +79,7 @@ class Reference(Content):
 
 
 class Encoded(Content):
-    """Bytes of the store's own, from byte `start` of the storage they were taken from. Owns payload and
-    charge.
-    """
+    """Bytes of the store's own, as `block_of` took them. Owns payload and charge."""
 
     __slots__ = ("_charge", "_payload", "_start")
 

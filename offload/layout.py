@@ -86,7 +86,7 @@ def lay(layout: Layout, alias: Tensor) -> Tensor:
 
 
 def lay_bytes(layout: Layout, decoded: Tensor, *, start: int | None) -> Tensor:
-    """Return a tensor with `layout` on `decoded`, uint8 `[num_bytes]`, the bytes and the number of `block_of`."""
+    """Return a tensor with `layout` on `decoded`, uint8 `[num_bytes]`: the bytes and number of `block_of`."""
     if start is None:
         laid = torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=decoded.device)
         return _resolve(layout, laid.copy_(decoded.view(layout.dtype).view(layout.shape)))

@@ -110,7 +110,11 @@ class Settler:
         digest: bytes | None = None,
         follows: bool = False,
     ) -> Entry:
-        charge = self._storages.charge(record) if self._dedupe else self._ledger.charge(min(layout.span_bytes(), source.nbytes))
+        charge = (
+            self._storages.charge(record)
+            if self._dedupe
+            else self._ledger.charge(min(layout.span_bytes(), source.nbytes))
+        )
         return Entry(
             Reference(source, num_bytes=record.num_bytes, charge=charge), digest=digest, follows=follows
         )

@@ -20,7 +20,7 @@ from offload.report import report_text
 from offload.select import Kind, kind_of
 from offload.settle import Settler
 from offload.site import Sites
-from offload.stats import Counts, Ledger, Stats
+from offload.stats import Counts, Ledger, Row, Stats
 
 
 class SavedTensorStore:
@@ -87,11 +87,17 @@ class SavedTensorStore:
             held_bytes, peak_held_bytes = self._ledger.read()
             return self._counts.stats(held_bytes, peak_held_bytes)
 
+    def rows(self) -> list[Row]:
+        """Return what was saved since the outermost enter by line of code, shape and dtype: the report for
+        programs.
+        """
+        with self._lock:
+            self._settler.settle_all()
+            return list(self._counts.rows.values())
+
     def report(self) -> str:
         """Return a table for people: totals, then the lines of code that saved most and what became of it."""
-        stats = self.stats
-        with self._lock:
-            return report_text(stats, list(self._counts.rows.values()))
+        return report_text(self.stats, self.rows())
 
     def _pack(self, tensor: Tensor) -> Handle:
         with self._lock:
