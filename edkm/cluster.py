@@ -59,7 +59,7 @@ def cluster(model: nn.Module, config: DKMConfig) -> Clustering:
 def clustered_weights(model: nn.Module) -> dict[str, tuple[ClusteredWeight, nn.Parameter]]:
     """Parametrization and dense weight of each clustered module, by the module's name; ties repeat."""
     found = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         parametrizations = getattr(module, "parametrizations", None)
         if isinstance(parametrizations, nn.ModuleDict) and "weight" in parametrizations:
             steps = parametrizations["weight"]

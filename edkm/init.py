@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 _MAX_ROUNDS = 50
 _MAX_CELLS = 512
-_CHUNK = 1 << 18
+_CHUNK = 1 << 21
 _MAX_VECTORS = 1 << 16
 _MAX_VECTOR_ROUNDS = 30
 # Beyond the first 20 bits of a float32 there is less than a two-thousandth of its value.
@@ -38,7 +38,7 @@ def starting_centroids(
 
 
 def _scalars(values: torch.Tensor, num_centroids: int) -> torch.Tensor:
-    """K-means in one dimension, `[K, 1]`: the best on a coarse histogram, then Lloyd's rounds on a fine one."""
+    """K-means in one dimension, `[K, 1]`: the best on a coarse histogram, then rounds on a fine one."""
     means, counts = _histogram(values)
     if means.numel() <= num_centroids:
         return torch.cat([means, means[-1:].expand(num_centroids - means.numel())]).unsqueeze(1)
@@ -63,7 +63,7 @@ def _histogram(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     centre = 0.0 if narrow else float(values.mean())
     counts = torch.zeros(2 * half, dtype=torch.float64, device=values.device)
     sums = torch.zeros_like(counts)
-    # In pieces that fit a cache, several times faster than whole.
+    # In pieces: temporaries the size of the weight would cost more than the counting.
     for chunk in torch.split(values, _CHUNK):
         patterns = chunk.view(torch.int16).int() if narrow else (chunk - centre).float().view(torch.int32)
         keys = (patterns if narrow else patterns >> _DROPPED_BITS) + half

@@ -18,6 +18,7 @@ from edkm.palette import Palette, check_parts
 from edkm.palettize import put_palette
 
 _TABLE, _INDICES = "palette.table", "palette.indices"
+_FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class _Stored:
 
     file: Path
     shape: tuple[int, ...]
+    dtype: str
 
     def read(self, name: str) -> torch.Tensor:
         # Opened anew each time: a file that stays mapped counts a second time for all that was read from it.
@@ -88,7 +90,8 @@ def _stored_tensors(folder: Path) -> dict[str, _Stored]:
         try:
             with safe_open(folder / file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - it is no dict
-                    stored[name] = _Stored(folder / file, tuple(opened.get_slice(name).get_shape()))
+                    header = opened.get_slice(name)
+                    stored[name] = _Stored(folder / file, tuple(header.get_shape()), header.get_dtype())
         except (OSError, SafetensorError) as error:
             raise PaletteError(
                 f"cannot load {folder / file}: {error}; the file is missing, truncated or damaged"
@@ -98,35 +101,50 @@ def _stored_tensors(folder: Path) -> dict[str, _Stored]:
 
 def _check(into: nn.Module, manifest: Manifest, *, stored: Mapping[str, _Stored]) -> list[str]:
     """Check that files, manifest and model belong together; returns the model's names that stay dense."""
-    modules = dict(into.named_modules())
-    replaced = set()
-    for name, source in manifest.modules.items():
+    modules = dict(into.named_modules(remove_duplicate=False))
+    for name, palette in manifest.modules.items():
         module = modules.get(name)
         if not isinstance(module, nn.Linear | nn.Embedding):
             raise PaletteError(f"cannot load {name}: the model has no linear and no embedding of that name")
-        replaced.add(_joined(name, "weight"))
-        _require_shape(name, tuple(module.weight.shape), manifest.palettes[source])
-    dense = [name for name in into.state_dict() if name not in replaced]
-    parts = [_joined(name, part) for name in manifest.palettes for part in (_TABLE, _INDICES)]
+        _require_shape(name, tuple(module.weight.shape), manifest.palettes[palette])
+    replaced = {_joined(name, "weight") for name in manifest.modules}
+    dense = {name: tensor for name, tensor in into.state_dict().items() if name not in replaced}
     sources = {name: manifest.aliases.get(name, name) for name in dense}
-    missing = sorted({*parts, *sources.values()} - set(stored))
-    surplus = sorted(set(stored) - {*parts, *sources.values()})
+    parts = {_joined(name, part) for name in manifest.palettes for part in (_TABLE, _INDICES)}
+    _require_names(parts | set(sources.values()), set(stored))
+    for name, shape in manifest.palettes.items():
+        _check_palette(name, shape, stored=stored)
+    for name, tensor in dense.items():
+        _require_shape(name, tuple(tensor.shape), stored[sources[name]].shape)
+        _require_dtype(name, stored[sources[name]].dtype, is_float=tensor.is_floating_point())
+    _require_values(into)
+    return list(dense)
+
+
+def _check_palette(name: str, shape: tuple[int, ...], *, stored: Mapping[str, _Stored]) -> None:
+    table, indices = (stored[_joined(name, part)] for part in (_TABLE, _INDICES))
+    _require_dtype(_joined(name, _TABLE), table.dtype, is_float=True)
+    _require_dtype(_joined(name, _INDICES), indices.dtype, is_float=False)
+    try:
+        check_parts(list(table.shape), list(indices.shape), shape=shape)
+    except PaletteError as error:
+        raise PaletteError(f"cannot load {name}: {error}") from error
+
+
+def _require_names(expected: set[str], found: set[str]) -> None:
+    missing, surplus = sorted(expected - found), sorted(found - expected)
     if missing or surplus:
         raise PaletteError(
             f"the files do not fit the model: {len(missing)} tensors are missing {missing[:3]}, "
             f"{len(surplus)} are not the model's {surplus[:3]}"
         )
-    for name, shape in manifest.palettes.items():
-        table, indices = (stored[_joined(name, part)].shape for part in (_TABLE, _INDICES))
-        try:
-            check_parts(list(table), list(indices), shape=shape)
-        except PaletteError as error:
-            raise PaletteError(f"cannot load {name}: {error}") from error
-    for name, tensor in into.state_dict().items():
-        if name in sources:
-            _require_shape(name, tuple(tensor.shape), stored[sources[name]].shape)
-    _require_values(into)
-    return dense
+
+
+def _require_dtype(name: str, dtype: str, *, is_float: bool) -> None:
+    fits = dtype in _FLOATS if is_float else dtype not in _FLOATS
+    if not fits or (name.endswith(_INDICES) and dtype != "U8"):
+        wanted = "floating point" if is_float else "integers"
+        raise PaletteError(f"cannot load {name}: it is {dtype} in the file, where {wanted} belong")
 
 
 def _require_shape(name: str, expected: tuple[int, ...], found: tuple[int, ...]) -> None:

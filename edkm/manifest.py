@@ -54,13 +54,18 @@ class Manifest:
         if palettes is None or modules is None or aliases is None:
             raise PaletteError(f"cannot load {path}: palettes, modules or aliases are missing: it was edited")
         for name, shape in palettes.items():
-            if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)):
+            if not (
+                isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
+            ):
                 raise PaletteError(f"cannot load {path}: the shape of {name} is {shape!r}: it was edited")
         for name, palette in modules.items():
             if not isinstance(palette, str) or palette not in palettes:
                 raise PaletteError(
                     f"cannot load {path}: {name} runs from {palette!r}, which is no palette of it"
                 )
+        for name, source in aliases.items():
+            if not isinstance(source, str):
+                raise PaletteError(f"cannot load {path}: {name} stands for {source!r}: it was edited")
         return cls({name: tuple(shape) for name, shape in palettes.items()}, modules, aliases)
 
 

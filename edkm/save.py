@@ -81,7 +81,7 @@ def _collect(model: nn.Module) -> tuple[dict[str, torch.Tensor], Manifest]:
     palettes: dict[int, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     tensors: dict[str, torch.Tensor] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PalettizedLinear | PalettizedEmbedding):
             palette = palettes.setdefault(id(module.palette), name)
             modules[name] = palette

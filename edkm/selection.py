@@ -60,7 +60,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def _weighted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear | nn.Embedding):
             yield name, module
 
@@ -102,7 +102,7 @@ def _choice(
     bits = next(iter(wishes.values()), None)
     if bits is None:
         return None
-    chosen = tuple(modules[name] for name in names)
+    chosen = tuple(dict.fromkeys(modules[name] for name in names))
     choice = Choice(tuple(names), chosen, bits, trained_soft=not any(dense_trained.values()))
     _require_clusterable(choice, config)
     return choice
