@@ -147,8 +147,13 @@ def _train(
     if state is None:
         notes = {"before": training.held_out_losses(held_out)}
     else:
-        with told_as_command_error(RuntimeError, KeyError, ValueError):
+        try:
             training.load_state_dict(state)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise CommandError(
+                f"the checkpoint in {destination.checkpoints} does not fit {recipe.model}, "
+                "which must have changed since: name another --output"
+            ) from error
         notes = state["notes"]
     train(
         training,

@@ -1,6 +1,7 @@
 """A run compresses, resumes to the same bits, and accounts for every row."""
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from integrations.checkpoint import Checkpoints
+from integrations.corpus import Sampler
+from integrations.demo import write_untrained
 from integrations.errors import CommandError, InterruptedRunError
-from integrations.finetune import finetune
+from integrations.evaluate import held_out_loss
+from integrations.finetune import _warn_of_gap, finetune
 from integrations.palettized import load_model
 from integrations.recipe import Destination, Recipe
-from integrations.transformers import load_dense
+from integrations.text import read_training_text
+from integrations.train import Training
+from integrations.transformers import load_dense, load_tokenizer
 
 
 @pytest.fixture
@@ -49,10 +56,6 @@ def test_a_run_leaves_a_directory_that_evaluates(recipe: Recipe, tmp_path: Path)
 
 
 def test_what_is_written_has_the_reported_loss(recipe: Recipe, tmp_path: Path) -> None:
-    from integrations.evaluate import held_out_loss
-    from integrations.text import read_training_text
-    from integrations.transformers import load_tokenizer
-
     result = finetune(recipe, Destination(tmp_path / "out", checkpoint_interval=0))
     tokenizer = load_tokenizer(str(tmp_path / "out"))
     held_out = read_training_text(recipe.data, tokenizer, context=32).corpus.hold_out(64)[1]
@@ -63,8 +66,6 @@ def test_what_is_written_has_the_reported_loss(recipe: Recipe, tmp_path: Path) -
 def test_the_dense_control_sees_the_same_batches(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from integrations.corpus import Sampler
-
     seen: list[torch.Tensor] = []
     batch = Sampler.batch
 
@@ -97,8 +98,6 @@ def test_resuming_goes_on_to_the_same_bits(dtype: str, recipe: Recipe, tmp_path:
 
 def stop_at(step: int, recipe: Recipe, destination: Destination) -> None:
     """Run until the signal that comes in the midst of a step."""
-    from integrations.train import Training
-
     with pytest.MonkeyPatch.context() as patch:
         take = Training.step
 
@@ -120,8 +119,6 @@ def test_a_checkpoint_of_another_configuration_names_the_field(
     field: str, value: object, recipe: Recipe, tmp_path: Path
 ) -> None:
     checkpoint = tmp_path / "out" / "checkpoints"
-    from integrations.checkpoint import Checkpoints
-
     Checkpoints(checkpoint, settings=recipe.settings(), num_kept=1).save({}, step=1)
     changed = replace(recipe, **{field: value})
     before = names(checkpoint)
@@ -134,6 +131,17 @@ def test_a_checkpoint_of_other_text_is_refused(recipe: Recipe, tmp_path: Path) -
     before = recipe.settings()
     recipe.data.write_text(recipe.data.read_text() + "!")
     assert {key for key, value in recipe.settings().items() if value != before[key]} == {"data"}
+
+
+def test_a_model_that_changed_since_is_told(recipe: Recipe, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    write_untrained(model, width=32, num_layers=1, context=32)
+    recipe = replace(recipe, model=str(model))
+    stop_at(1, recipe, Destination(tmp_path / "out"))
+    shutil.rmtree(model)
+    write_untrained(model, width=64, num_layers=1, context=32)
+    with pytest.raises(CommandError, match=r"does not fit .*model, which must have changed since"):
+        finetune(recipe, Destination(tmp_path / "out", resume=True))
 
 
 def test_resuming_without_a_checkpoint_begins_anew(recipe: Recipe, tmp_path: Path) -> None:
@@ -179,8 +187,6 @@ def test_instructions_are_counted(recipe: Recipe, tmp_path: Path, capsys: pytest
     rows.append({"instruction": "x" * 400, "input": "", "output": "y"})
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
-    from integrations.demo import write_untrained
-
     write_untrained(tmp_path / "model", width=32, num_layers=1, context=256)
     run = replace(recipe, model=str(tmp_path / "model"), data=path, steps=1)
     result = finetune(run, Destination(tmp_path / "out"))
@@ -190,8 +196,6 @@ def test_instructions_are_counted(recipe: Recipe, tmp_path: Path, capsys: pytest
 
 
 def test_a_gap_between_soft_and_snapped_warns(capsys: pytest.CaptureFixture[str]) -> None:
-    from integrations.finetune import _warn_of_gap
-
     _warn_of_gap({"soft": 2.0, "snapped": 2.019})
     assert capsys.readouterr().err == ""
     _warn_of_gap({"soft": 2.0, "snapped": 2.03})
