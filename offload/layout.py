@@ -75,30 +75,20 @@ def block_of(source: Tensor, layout: Layout, *, whole_storage: bool) -> tuple[Bl
 
 
 def lay(layout: Layout, alias: Tensor) -> Tensor:
-    """Return a tensor with `layout` on the storage of `alias`, sharing its version counter where the dtype is
-    equal.
-    """
-    if alias.dtype == layout.dtype:
-        laid = alias.as_strided(layout.shape, layout.stride, layout.offset)
-    else:
-        laid = _on_storage(layout, alias, layout.offset)
-    return _resolve(layout, laid)
+    """Return the tensor that `lift` took apart, on the same storage and with the same version counter."""
+    if layout.conj:
+        alias = alias.conj()
+    return torch._neg_view(alias) if layout.neg else alias
 
 
 def lay_bytes(layout: Layout, decoded: Tensor, *, start: int | None) -> Tensor:
     """Return a tensor with `layout` on `decoded`, uint8 `[num_bytes]`: the bytes and number of `block_of`."""
     if start is None:
         laid = torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=decoded.device)
-        return _resolve(layout, laid.copy_(decoded.view(layout.dtype).view(layout.shape)))
-    return _resolve(layout, _on_storage(layout, decoded, layout.offset - start // layout.dtype.itemsize))
+        return lay(layout, laid.copy_(decoded.view(layout.dtype).view(layout.shape)))
+    return lay(layout, _on_storage(layout, decoded, layout.offset - start // layout.dtype.itemsize))
 
 
 def _on_storage(layout: Layout, owner: Tensor, offset: int) -> Tensor:
     empty = torch.empty(0, dtype=layout.dtype, device=owner.device)
     return empty.set_(owner.untyped_storage(), offset, layout.shape, layout.stride)
-
-
-def _resolve(layout: Layout, laid: Tensor) -> Tensor:
-    if layout.conj:
-        laid = laid.conj()
-    return torch._neg_view(laid) if layout.neg else laid

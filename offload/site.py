@@ -15,12 +15,12 @@ class Sites:
 
     def __init__(self) -> None:
         self._names: dict[tuple[CodeType, int], str] = {}
-        self._skipped: dict[CodeType, bool] = {}
+        self._ours: dict[CodeType, bool] = {}
 
     def calling(self) -> str:
         """Return the name of the line that called the operator that is being recorded."""
-        frame = sys._getframe(1)
-        while frame.f_back is not None and self._is_skipped(frame.f_code):
+        frame = sys._getframe(2)
+        while self._is_ours(frame.f_code) and frame.f_back is not None:
             frame = frame.f_back
         key = (frame.f_code, frame.f_lineno)
         name = self._names.get(key)
@@ -29,8 +29,8 @@ class Sites:
             name = self._names[key] = f"{path.parent.name}/{path.name}:{frame.f_lineno}"
         return name
 
-    def _is_skipped(self, code: CodeType) -> bool:
-        skipped = self._skipped.get(code)
-        if skipped is None:
-            skipped = self._skipped[code] = code.co_filename.startswith(_PACKAGES)
-        return skipped
+    def _is_ours(self, code: CodeType) -> bool:
+        ours = self._ours.get(code)
+        if ours is None:
+            ours = self._ours[code] = code.co_filename.startswith(_PACKAGES)
+        return ours

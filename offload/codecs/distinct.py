@@ -145,16 +145,16 @@ def sample_size(num_rows: int, *, limit: int) -> int:
     return min(num_rows, max(64, int(_SAMPLE_WORK * (2 * limit) ** 0.5)))
 
 
-def sample_rows(lanes: Tensor, *, size: int) -> NDArray[Any]:
+def sample_rows(lanes: Tensor, *, size: int, run_bytes: int = _LINE_BYTES) -> NDArray[Any]:
     """Return about `size` rows of `lanes`, or 64 bytes from the middle of each, `[S, L]`, copied to the host.
 
-    Taken a cache line at a time from places spread over the block: on a large block a sample costs its cache
-    misses.
+    Taken in runs of `run_bytes`, a cache line, from places spread over the block: on a large block a sample
+    costs its cache misses.
     """
     num_rows, num_lanes = lanes.shape
     row_bytes = num_lanes * lanes.element_size()
     if size < num_rows:
-        run = max(1, _LINE_BYTES // row_bytes)
+        run = max(1, run_bytes // row_bytes)
         num_runs = -(-size // run) | 1  # odd, so that the places do not keep time with powers of two
         step = num_rows // num_runs
         lanes = lanes[: num_runs * step].view(num_runs, step, num_lanes)[:, : min(run, step)]
@@ -173,7 +173,7 @@ def estimate_distinct(sample: NDArray[Any], *, num_rows: int, limit: int) -> int
     zeros and half of distinct values has few pairs but many singles, and is told apart.
     """
     if sample.shape[1] > 1:
-        sample = (sample.astype(np.int64) * _SAMPLE_MULTIPLIERS[: sample.shape[1]]).sum(1)
+        sample = sample.view(f"S{sample.shape[1] * sample.itemsize}")
     items = sample.reshape(-1).tolist()
     num_seen = len(set(items))
     if num_seen > limit or (num_seen == len(items) < num_rows):
@@ -190,9 +190,6 @@ def _multipliers(num_lanes: int) -> NDArray[np.int64]:
     state = [(_GOLDEN * (lane + 1)) & (2**64 - 1) for lane in range(num_lanes)]
     mixed = [((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1) for z in state]
     return np.array([z | 1 for z in mixed], dtype=np.uint64).view(np.int64)
-
-
-_SAMPLE_MULTIPLIERS = _multipliers(_LINE_BYTES)
 
 
 def _item_shape(lanes: Tensor) -> tuple[int, ...]:
