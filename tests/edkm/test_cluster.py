@@ -69,7 +69,7 @@ def test_weights_keep_their_dtype_and_centroids_their_width(dtype: torch.dtype) 
 
 def test_reading_changes_no_state() -> None:
     """Reads, evaluation and recomputation, anywhere between the steps, leave training as it was."""
-    batches = [tokens() for _ in range(6)]
+    batches = [tokens() for _ in range(3)]
     plain = TinyLM()
     noisy = copy.deepcopy(plain)
     first = cluster(plain, CONFIG)
