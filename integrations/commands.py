@@ -178,9 +178,8 @@ def _add_export(commands: Any) -> None:
 
 
 def _add_demo(commands: Any) -> None:
-    _add(
-        commands, "demo", run=_demo, text="train, palettize and fine-tune a tiny model, and compare: minutes"
-    )
+    text = "train a tiny model, compress it to 3 bits with and without training, and compare: a few minutes"
+    _add(commands, "demo", run=_demo, show=_table, text=text)
 
 
 def _positive(text: str) -> int:

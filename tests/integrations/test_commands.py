@@ -191,6 +191,20 @@ def test_a_missing_extra_is_named(
     assert f"{name} is missing, which the commands need: pip install 'edkm[llama]'" in line
 
 
+def test_the_demo_ends_with_a_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"perplexity": 1.5, "disk_bytes": 2**20, "saved_bytes": 2**21, "peak_held_bytes": 2**19}
+    result = {"rows": {"base": row}, "files": ["edkm-demo/a"], "seconds": 61.2}
+    monkeypatch.setattr(commands, "_demo", lambda _options: result)
+    assert main(["demo"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["base", "1.500", "1.00", "MiB", "2.00", "MiB", "0.50", "MiB"]
+    assert lines[3:] == ["written in 61 s:", "  edkm-demo/a"]
+    assert main(["demo", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == result
+
+
 def test_a_missing_module_of_another_kind_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_options: object) -> None:
         raise ModuleNotFoundError("no such thing", name="elsewhere")

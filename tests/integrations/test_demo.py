@@ -23,7 +23,7 @@ def test_the_demo_compares_and_leaves_files(tmp_path: Path, capsys: pytest.Captu
     result = demo(tmp_path / "demo", base_steps=2, clustered_steps=1)
     assert f"the demo writes to {tmp_path / 'demo-2'}" in capsys.readouterr().err
     base, packed, clustered = result["rows"].values()
-    assert clustered["disk_bytes"] == packed["disk_bytes"] < base["disk_bytes"]
+    assert clustered["disk_bytes"] < packed["disk_bytes"] < base["disk_bytes"]
     assert clustered["peak_held_bytes"] < clustered["saved_bytes"]
     assert all(Path(file).is_file() for file in result["files"])
     shown = table(result).splitlines()
