@@ -61,9 +61,7 @@ class Settler:
         """
         record = self._storages.record(source.untyped_storage())
         storage_bytes = self._storages.count(record)
-        if record.num_bytes < self._min_bytes or is_window(
-            layout.span_bytes(), storage_bytes=record.num_bytes
-        ):
+        if record.num_bytes < self._min_bytes or is_window(layout, storage_bytes=record.num_bytes):
             charged_bytes = self._ledger.charged_bytes
             entry = self._new_entry(layout, source, record)
             row.count("reference", kept_bytes=self._ledger.charged_bytes - charged_bytes)

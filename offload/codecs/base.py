@@ -3,13 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from offload.codecs.distinct import sample_rows, sample_size
+from offload.codecs.distinct import Sample, draw_sample
 from offload.codecs.index_list import IndexLists
 
 _LANES: Mapping[int, torch.dtype] = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
@@ -26,7 +24,7 @@ class Block:
     flat: Tensor
     item_bytes: int
     row_items: int
-    _samples: dict[int, NDArray[Any]] = field(default_factory=dict, repr=False)
+    _samples: dict[int, Sample] = field(default_factory=dict, repr=False)
 
     @property
     def num_bytes(self) -> int:
@@ -53,16 +51,14 @@ class Block:
         lane_bytes = next(size for size in _LANES if aligned % size == 0)
         return self.flat.view(_LANES[lane_bytes]).view(-1, width_bytes // lane_bytes)
 
-    def sample(self, width_bytes: int) -> NDArray[Any] | None:
-        """Return some rows of `lanes(width_bytes)`, or a part of each, on the host, `[S, L]`; made once."""
+    def sample(self, width_bytes: int) -> Sample | None:
+        """Return some rows of `lanes(width_bytes)`; drawn once, whoever asks."""
         if width_bytes not in self._samples:
             lanes = self.lanes(width_bytes)
             if lanes is None:
                 return None
-            size = sample_size(
-                lanes.shape[0], limit=self.most_distinct(width_bytes, limit_bytes=self.limit_bytes)
-            )
-            self._samples[width_bytes] = sample_rows(lanes, size=size)
+            limit = self.most_distinct(width_bytes, limit_bytes=self.limit_bytes)
+            self._samples[width_bytes] = draw_sample(lanes, limit=limit)
         return self._samples[width_bytes]
 
     def most_distinct(self, width_bytes: int, *, limit_bytes: int) -> int:

@@ -3,6 +3,7 @@ operations.
 """
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ MAX_DISTINCT = 1 << 16
 _CHUNK_BYTES = 1 << 22
 _FIRST_CHUNK_ROWS = 1024
 _SAMPLE_WORK = 2  # a sample of 2 * sqrt(2 D) rows has 4 expected pairs of equal rows among D distinct ones
+_MIN_SAMPLE = 64
 _LINE_BYTES = 64
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -140,18 +142,44 @@ def chunk_rows(lanes: Tensor) -> int:
     return max(1, _CHUNK_BYTES // (lanes.shape[1] * 8))
 
 
-def sample_size(num_rows: int, *, limit: int) -> int:
-    """Return how many of `num_rows` rows to sample to tell whether at most `limit` of them are distinct."""
-    return min(num_rows, max(64, int(_SAMPLE_WORK * (2 * limit) ** 0.5)))
+@dataclass(frozen=True)
+class Sample:
+    """Some rows of a block, or 64 bytes from the middle of each, `[S, L]` on the host.
+
+    `limit` is the most distinct rows that the block may have to be worth a table.
+    """
+
+    rows: NDArray[Any]
+    num_rows: int
+    limit: int
+
+    def num_distinct(self) -> int | None:
+        """Estimate the distinct rows of the block; None when more than the limit.
+
+        Chao's estimate: rows that the sample has once, and twice, tell how many it has not seen. A block half
+        of zeros and half of distinct values has few pairs but many singles, and is told apart.
+        """
+        rows = self.rows
+        if rows.shape[1] > 1:
+            rows = rows.view(f"S{rows.shape[1] * rows.itemsize}")
+        num_times = list(Counter(rows.reshape(-1).tolist()).values())
+        num_seen = len(num_times)
+        if len(rows) < self.num_rows:
+            num_once = num_times.count(1)
+            if num_once == len(rows):
+                return None
+            num_seen += num_once * (num_once - 1) // (2 * (num_times.count(2) + 1))
+        return num_seen if num_seen <= self.limit else None
 
 
-def sample_rows(lanes: Tensor, *, size: int, run_bytes: int = _LINE_BYTES) -> NDArray[Any]:
-    """Return about `size` rows of `lanes`, or 64 bytes from the middle of each, `[S, L]`, copied to the host.
+def draw_sample(lanes: Tensor, *, limit: int, factor: int = 1, run_bytes: int = _LINE_BYTES) -> Sample:
+    """Return a sample of `lanes` `[N, L]`, large enough to tell whether at most `limit` rows are distinct.
 
     Taken in runs of `run_bytes`, a cache line, from places spread over the block: on a large block a sample
-    costs its cache misses.
+    costs its cache misses. `factor` times the usual size.
     """
     num_rows, num_lanes = lanes.shape
+    size = min(num_rows, factor * max(_MIN_SAMPLE, int(_SAMPLE_WORK * (2 * limit) ** 0.5)))
     row_bytes = num_lanes * lanes.element_size()
     if size < num_rows:
         run = max(1, run_bytes // row_bytes)
@@ -162,27 +190,8 @@ def sample_rows(lanes: Tensor, *, size: int, run_bytes: int = _LINE_BYTES) -> ND
         middle = num_lanes // 2
         lanes = lanes[..., middle : middle + _LINE_BYTES // lanes.element_size()]
     # A copy first: numpy() on the saved tensor's own storage would make it non-resizable for ever.
-    sample = lanes.clone(memory_format=torch.contiguous_format).cpu().numpy()
-    return sample.reshape(-1, sample.shape[-1])
-
-
-def estimate_distinct(sample: NDArray[Any], *, num_rows: int, limit: int) -> int | None:
-    """Estimate the distinct rows of a block from a sample of them, `[S, L]`; None when more than `limit`.
-
-    Chao's estimate: rows that the sample has once, and twice, tell how many it has not seen. A block half of
-    zeros and half of distinct values has few pairs but many singles, and is told apart.
-    """
-    if sample.shape[1] > 1:
-        sample = sample.view(f"S{sample.shape[1] * sample.itemsize}")
-    items = sample.reshape(-1).tolist()
-    num_seen = len(set(items))
-    if num_seen > limit or (num_seen == len(items) < num_rows):
-        return None
-    if len(items) == num_rows:
-        return num_seen
-    num_times = Counter(Counter(items).values())
-    num_unseen = num_times[1] * (num_times[1] - 1) // (2 * (num_times[2] + 1))
-    return num_seen + num_unseen if num_seen + num_unseen <= limit else None
+    rows = lanes.clone(memory_format=torch.contiguous_format).cpu().numpy()
+    return Sample(rows.reshape(-1, rows.shape[-1]), num_rows, limit)
 
 
 def _multipliers(num_lanes: int) -> NDArray[np.int64]:

@@ -25,10 +25,9 @@ class Narrow(Codec):
         sample = block.sample(block.item_bytes) if block.item_bytes > 2 else None
         if sample is None:
             return None
-        parts = sample.view(np.int16)
+        parts = sample.rows.view(np.int16)
         num_varying = int(np.count_nonzero(np.bitwise_or.reduce(parts ^ parts[0], axis=0)))
-        num_items = block.num_bytes // block.item_bytes
-        payload_bytes = 2 * (num_varying * num_items + len(parts[0]))
+        payload_bytes = 2 * (num_varying * sample.num_rows + len(parts[0]))
         return payload_bytes if payload_bytes <= limit_bytes else None
 
     def encode(self, block: Block, *, limit_bytes: int, lists: IndexLists) -> Payload | None:

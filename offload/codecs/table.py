@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from offload.codecs.base import Block, Payload
-from offload.codecs.distinct import estimate_distinct, number_rows, sample_rows
+from offload.codecs.distinct import draw_sample, number_rows
 from offload.codecs.index_list import IndexList, IndexLists, list_bytes
 
 
@@ -31,17 +31,16 @@ def estimate_table(block: Block, width_bytes: int, *, limit_bytes: int) -> int |
     """Return about how many bytes a table of `width_bytes` rows and its list take, or None when a sample says
     more than the limit.
     """
-    sample, lanes = block.sample(width_bytes), block.lanes(width_bytes)
-    if sample is None or lanes is None:
+    sample = block.sample(width_bytes)
+    if sample is None or (num_distinct := sample.num_distinct()) is None:
         return None
-    num_rows = block.num_bytes // width_bytes
-    limit = block.most_distinct(width_bytes, limit_bytes=limit_bytes)
-    num_distinct = estimate_distinct(sample, num_rows=num_rows, limit=limit)
-    if num_distinct is not None and len(sample) < num_rows:
+    if len(sample.rows) < sample.num_rows and (lanes := block.lanes(width_bytes)) is not None:
         # Neighbours may repeat where the block does not: what passes is asked again without them.
-        spread = sample_rows(lanes, size=min(num_rows, 4 * len(sample)), run_bytes=1)
-        num_distinct = estimate_distinct(spread, num_rows=num_rows, limit=limit)
-    return None if num_distinct is None else num_distinct * width_bytes + list_bytes(num_rows, num_distinct)
+        spread = draw_sample(lanes, limit=sample.limit, factor=4, run_bytes=1)
+        if (num_distinct := spread.num_distinct()) is None:
+            return None
+    size_bytes = num_distinct * width_bytes + list_bytes(sample.num_rows, num_distinct)
+    return size_bytes if size_bytes <= limit_bytes else None
 
 
 def encode_table(block: Block, width_bytes: int, *, limit_bytes: int, lists: IndexLists) -> Payload | None:
