@@ -75,12 +75,10 @@ def test_an_exception_in_the_middle_of_forward_leaves_nothing(store: SavedTensor
         raise ArithmeticError(f"after {len(y)} rows were saved")
 
     with no_gc():
-        before = num_alive()
         for _ in range(3):
             with pytest.raises(ArithmeticError), store:
                 forward(torch.randn(70, 60, requires_grad=True))
             assert store.stats.held_bytes == 0
-        assert num_alive() == before
 
 
 def test_an_exception_in_backward_leaves_nothing_once_the_graph_is_dropped(store: SavedTensorStore) -> None:

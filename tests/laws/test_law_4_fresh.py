@@ -24,7 +24,7 @@ VALUES: Mapping[str, Tensor] = {
 }
 
 COMBINATIONS = list(product(SEEN, VALUES, MOMENTS))
-NUM_DRAWN = len(COMBINATIONS) // 3  # for each saver and store; together they meet each combination often
+NUM_DRAWN = len(COMBINATIONS) // 5  # for each saver and store; together they meet each combination often
 
 
 def run(saver: str, write: str, *, values: str, moment: str, around: Around, alone: bool = False) -> Outcome:

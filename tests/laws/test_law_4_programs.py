@@ -11,7 +11,7 @@ from tests.laws.outcomes import Outcome, is_allowed
 from tests.laws.programs import draw, run
 from tests.laws.settings import STORES, plain
 
-NUM_PROGRAMS = 250
+NUM_PROGRAMS = 150
 # Programs that once gave a third result.
 KNOWN: Sequence[tuple[str, ...]] = (
     ("start many", "save alias", "save", "exit", "write few"),

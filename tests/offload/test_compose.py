@@ -178,6 +178,7 @@ def test_counts_start_anew_at_the_outermost_enter_alone() -> None:
         assert store.stats.peak_held_bytes <= 2 * x.nbytes
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", sorted(IMPOSSIBLE))
 def test_what_hooks_cannot_do_is_said_by_torch_and_by_the_page(name: str, *, root: Path) -> None:
     page = " ".join((root / "docs" / "compose.md").read_text().split())
@@ -232,6 +233,7 @@ def compiled(module: nn.Module, *, backend: str) -> Iterator[Callable[[Tensor], 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what importing the compiler itself warns of
         torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         yield torch.compile(module, fullgraph=True, backend=backend)
         torch._dynamo.reset()
 

@@ -157,7 +157,8 @@ def test_the_report_of_nothing_is_one_line() -> None:
 def test_the_report_shows_the_twenty_largest_rows_and_counts_the_rest() -> None:
     counts = Counts()
     for number in range(50):
-        counts.row(f"a/b.py:{number}", torch.Size([number]), torch.float32).saved_bytes = number * 100
+        row = counts.row(f"a/b.py:{number}", shape=torch.Size([number]), dtype=torch.float32)
+        row.saved_bytes = number * 100
     lines = report_text(counts.stats(0, 0), list(counts.rows.values())).splitlines()
     assert len(lines) == 1 + 1 + 20 + 1
     assert "a/b.py:49" in lines[2]
