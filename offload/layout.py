@@ -32,6 +32,17 @@ class Layout(NamedTuple):
             num_items += (size - 1) * step
         return num_items * self.dtype.itemsize
 
+    def has_gaps(self) -> bool:
+        """Return whether the items lie apart, each at a place of its own."""
+        reach = 1
+        for step, size in sorted(
+            (step, size) for step, size in zip(self.stride, self.shape, strict=True) if size != 1
+        ):
+            if step < reach:
+                return False
+            reach += (size - 1) * step
+        return reach > self.shape.numel()
+
     def row_items(self, num_items: int) -> int:
         """Return the items in a row when the tensor covers `num_items` densely in rows of its unit-stride
         dim, else 1.
@@ -67,7 +78,7 @@ def block_of(source: Tensor, layout: Layout, *, whole_storage: bool) -> tuple[Bl
     storage = source.untyped_storage()
     start, stop = (0, storage.nbytes()) if whole_storage else layout.span()
     item_bytes = layout.dtype.itemsize
-    if stop - start > source.nbytes and not whole_storage:
+    if layout.has_gaps() and not whole_storage:
         flat = source.contiguous().view(-1).view(torch.uint8)
         return Block(flat, item_bytes, layout.shape[-1]), None
     flat = torch.empty(0, dtype=torch.uint8, device=source.device).set_(storage, start, (stop - start,), (1,))
