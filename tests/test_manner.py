@@ -64,10 +64,13 @@ def test_files_and_functions_are_short(path: Path) -> None:
 
 
 def is_ours_to_sign(function: Function) -> bool:
-    """Return whether we chose the signature: dunders and the halves of an autograd function are not ours."""
-    dunder = function.name.startswith("__") and function.name != "__init__"
+    """Return whether others call it by a signature that we chose.
+
+    Private functions have their callers in sight; dunders and the halves of an autograd function are not ours.
+    """
+    private = function.name.startswith("_") and function.name != "__init__"
     first = next(iter(function.args.posonlyargs + function.args.args), None)
-    return not dunder and (first is None or first.arg != "ctx")
+    return not private and (first is None or first.arg != "ctx")
 
 
 @pytest.mark.parametrize("path", OURS, ids=name_of)
