@@ -70,9 +70,14 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("name", sorted(OPAQUE))
+def test_what_has_no_plain_storage_is_opaque(name: str) -> None:
+    assert kind_of(OPAQUE[name]()) is Kind.OPAQUE
+
+
+# PyTorch's own functions take no strided nested tensor; the product of two below saves one.
+@pytest.mark.parametrize("name", sorted(set(OPAQUE) - {"nested"}))
 def test_what_has_no_plain_storage_is_kept_as_it_is(name: str) -> None:
     tensor, found = OPAQUE[name](), []
-    assert kind_of(tensor) is Kind.OPAQUE
     for make in STORES.values():
         store = make()
         with store:
@@ -120,7 +125,7 @@ def sparse_product(around: Around) -> list[Tensor]:
     return [first.to_dense(), second]
 
 
-def nested_softmax(around: Around) -> list[Tensor]:
+def nested_product(around: Around) -> list[Tensor]:
     parts = [
         torch.linspace(0, 1, 12).view(3, 4).requires_grad_(),
         torch.linspace(1, 2, 20).view(5, 4).requires_grad_(),
@@ -147,7 +152,7 @@ def tied_parameters(around: Around) -> list[Tensor]:
     return list(torch.autograd.grad(loss, [x, weight]))
 
 
-@pytest.mark.parametrize("build", [sparse_product, nested_softmax, subclass_product, tied_parameters])
+@pytest.mark.parametrize("build", [sparse_product, nested_product, subclass_product, tied_parameters])
 @pytest.mark.parametrize("name", sorted(STORES))
 def test_gradients_through_them_are_right(name: str, *, build: Callable[[Around], list[Tensor]]) -> None:
     assert [bits(each) for each in build(STORES[name]())] == [bits(each) for each in build(plain())]
