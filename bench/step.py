@@ -6,6 +6,7 @@ python -m bench.step --json
 import argparse
 import json
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +17,6 @@ from bench.llama import DTYPES, LlamaStep
 from bench.machine import keep, machine
 from bench.rounds import median_ratio, step_seconds
 from offload import SavedTensorStore
-
-_WAYS = {
-    "no store": nullcontext,
-    "save_on_cpu": save_on_cpu,
-    "dedupe": SavedTensorStore,
-    "dedupe+uniquify": lambda: SavedTensorStore(uniquify=True),
-}
 
 
 def measure(dtype: str, *, num_rounds: int) -> dict[str, Any]:
@@ -36,11 +30,21 @@ def measure(dtype: str, *, num_rounds: int) -> dict[str, Any]:
         "dedupe": _store_row(llama, plain, uniquify=False),
         "dedupe+uniquify": _store_row(llama, plain, uniquify=True),
     }
-    seconds = step_seconds(llama.step, _WAYS, num_rounds=num_rounds, num_warmup=5)
+    stores = {"dedupe": SavedTensorStore(), "dedupe+uniquify": SavedTensorStore(uniquify=True)}
+    ways = {"no store": nullcontext, "save_on_cpu": save_on_cpu} | {
+        name: partial(_entering, store) for name, store in stores.items()
+    }
+    seconds = step_seconds(llama.step, ways, num_rounds=num_rounds, num_warmup=10)
+    for name, store in stores.items():
+        rows[name]["steady_peak_held_bytes"] = store.stats.peak_held_bytes
     for name, row in rows.items():
         row["time_over_no_store"] = round(median_ratio(seconds[name], seconds["no store"]), 4)
         row["median_seconds"] = round(sorted(seconds[name])[num_rounds // 2], 4)
     return rows
+
+
+def _entering(store: SavedTensorStore) -> SavedTensorStore:
+    return store  # one store for the whole of training, as a user has
 
 
 def _plain_bytes(llama: LlamaStep) -> dict[str, int]:

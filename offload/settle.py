@@ -25,6 +25,9 @@ from offload.layout import Layout, block_of
 from offload.select import is_window
 from offload.stats import Ledger, Row
 
+_BATCH_BYTES = 32 << 20
+"""Storages of this many bytes wait by reference, at most, before they are settled."""
+
 
 class Pending(NamedTuple):
     """A save whose operator may still be running. Weak: a graph that is dropped takes its entries along."""
@@ -61,13 +64,13 @@ class Settler:
         """
         record = self._storages.record(source.untyped_storage())
         storage_bytes = self._storages.count(record)
-        if record.num_bytes < self._min_bytes or is_window(layout, storage_bytes=record.num_bytes):
+        known = record.entry(source._version) if self._dedupe else None
+        if not self._is_worth_reading(layout, record, known, row):
             charged_bytes = self._ledger.charged_bytes
             entry = self._new_entry(layout, source, record)
             row.count("reference", kept_bytes=self._ledger.charged_bytes - charged_bytes)
             return Handle(entry, layout=layout), storage_bytes
         digest = digest_of(source)
-        known = record.entry(source._version) if self._dedupe else None
         if known is not None and isinstance(known.content, Reference):
             if known.digest == digest:
                 row.count("storage")
@@ -80,24 +83,40 @@ class Settler:
         new_bytes = self._ledger.charged_bytes - charged_bytes
         sequence = _get_sequence_nr()
         self._queue.pending.append(Pending(sequence, weakref.ref(entry), layout, record, row, new_bytes))
+        self._queue.num_bytes += record.num_bytes
         return Handle(entry, layout=layout), storage_bytes
 
     def settle_returned(self) -> None:
-        """Settle what this thread saved under an earlier node than the one being built."""
+        """Settle a batch of what this thread saved under an earlier node than the one being built.
+
+        Not one by one: between two operators the caches are theirs, and each look at a tensor would cost
+        several times what it does right after another one.
+        """
+        if self._queue.num_bytes <= _BATCH_BYTES:
+            return
         now = _get_sequence_nr()
         queue = self._queue.pending
         while queue and queue[0].sequence != now:
             self._settle(queue.popleft())
+        self._queue.num_bytes = sum(pending.record.num_bytes for pending in queue)
 
     def settle_all(self) -> None:
         """Settle all that this thread saved. To be called outside any operator."""
         queue = self._queue.pending
         while queue:
             self._settle(queue.popleft())
+        self._queue.num_bytes = 0
 
     def drop_all(self) -> None:
         """Leave what this thread saved by reference."""
         self._queue.pending.clear()
+        self._queue.num_bytes = 0
+
+    def _is_worth_reading(self, layout: Layout, record: StorageRecord, known: Entry | None, row: Row) -> bool:
+        if record.num_bytes < self._min_bytes or is_window(layout, storage_bytes=record.num_bytes):
+            return False
+        # A storage that was read once is read again: its saves are to share one payload (Law 5).
+        return not self._dedupe or known is not None or row.patience.is_worth_reading()
 
     def _new_entry(
         self,
@@ -119,9 +138,14 @@ class Settler:
 
     def _settle(self, pending: Pending) -> None:
         entry = pending.entry()
+        if entry is None:
+            pending.row.count("reference", kept_bytes=pending.new_bytes)
+            return
         charged_bytes = self._ledger.charged_bytes
-        stage = "reference" if entry is None else self._place(entry, pending.layout, pending.record)
-        kept_bytes = pending.new_bytes if stage == "reference" else self._ledger.charged_bytes - charged_bytes
+        stage = self._place(entry, pending.layout, pending.record)
+        won = stage != "reference"
+        pending.row.patience.learn(won=won)
+        kept_bytes = self._ledger.charged_bytes - charged_bytes if won else pending.new_bytes
         pending.row.count(stage, kept_bytes=kept_bytes)
 
     def _place(self, entry: Entry, layout: Layout, record: StorageRecord) -> str:
@@ -199,3 +223,4 @@ class _Queue(threading.local):
 
     def __init__(self) -> None:
         self.pending: deque[Pending] = deque()
+        self.num_bytes = 0

@@ -8,6 +8,8 @@ from types import MappingProxyType
 
 import torch
 
+from offload.patience import Patience
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -82,10 +84,20 @@ class Ledger:
 class Row:
     """All saves of one line of code with one shape and dtype, counted as they come."""
 
-    __slots__ = ("dtype", "kept_bytes", "num_by_stage", "num_saved", "saved_bytes", "shape", "site")
+    __slots__ = (
+        "dtype",
+        "kept_bytes",
+        "num_by_stage",
+        "num_saved",
+        "patience",
+        "saved_bytes",
+        "shape",
+        "site",
+    )
 
-    def __init__(self, site: str, *, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(self, site: str, *, shape: tuple[int, ...], dtype: torch.dtype, patience: Patience) -> None:
         self.site = site
+        self.patience = patience
         self.shape = shape
         self.dtype = dtype
         self.num_saved = 0
@@ -100,9 +112,12 @@ class Row:
 
 
 class Counts:
-    """The counts since the outermost enter, by row."""
+    """The counts since the outermost enter, by row. What was learnt of a line of code stays from step to
+    step.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, patience: dict[tuple[str, torch.dtype], Patience]) -> None:
+        self._patience = patience
         self.rows: dict[tuple[str, torch.Size, torch.dtype], Row] = {}
         self.storage_bytes = 0
 
@@ -111,7 +126,8 @@ class Counts:
         key = (site, shape, dtype)
         row = self.rows.get(key)
         if row is None:
-            row = self.rows[key] = Row(site, shape=tuple(shape), dtype=dtype)
+            patience = self._patience.setdefault((site, dtype), Patience())
+            row = self.rows[key] = Row(site, shape=tuple(shape), dtype=dtype, patience=patience)
         row.num_saved += 1
         return row
 

@@ -16,6 +16,7 @@ from offload.codecs import DEFAULT_CODECS
 from offload.codecs.base import Codec
 from offload.handle import Entry, Handle, Reference
 from offload.layout import lift
+from offload.patience import Patience
 from offload.report import report_text
 from offload.select import Kind, kind_of
 from offload.settle import Settler
@@ -48,7 +49,8 @@ class SavedTensorStore:
         if min_bytes < 0:
             raise ValueError(f"SavedTensorStore: min_bytes is {min_bytes} bytes; give 0 or more")
         self._ledger = Ledger()
-        self._counts = Counts()
+        self._patience: dict[tuple[str, torch.dtype], Patience] = {}
+        self._counts = Counts(self._patience)
         self._settler = Settler(
             _codecs_of(uniquify=uniquify), dedupe=dedupe, min_bytes=min_bytes, ledger=self._ledger
         )
@@ -62,7 +64,7 @@ class SavedTensorStore:
         hooks.__enter__()
         with self._lock:
             if self._num_entered == 0:
-                self._counts = Counts()
+                self._counts = Counts(self._patience)
                 self._settler.begin_step()
             self._num_entered += 1
         self._entered.hooks.append(hooks)

@@ -2,9 +2,9 @@
 
 from offload.codecs.base import Codec
 from offload.codecs.bits import Bits
+from offload.codecs.cast import Cast
 from offload.codecs.keyed import Keyed
-from offload.codecs.narrow import Narrow
 from offload.codecs.rows import Rows
 
-DEFAULT_CODECS: tuple[Codec, ...] = (Keyed(), Narrow(), Bits(), Rows())
+DEFAULT_CODECS: tuple[Codec, ...] = (Keyed(), Cast(), Bits(), Rows())
 """In the order of their cost in time."""

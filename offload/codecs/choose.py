@@ -12,19 +12,16 @@ def encode_best(block: Block, codecs: Sequence[Codec], *, lists: IndexLists) -> 
 
     Codecs stand in the order of their cost in time. Each gives an estimate from a sample, and a later one
     must promise half of what the ones before it do: bytes that few are not worth a dearer way. The best
-    promise encodes first, then the ones before it.
+    promise encodes; where it was wrong, the others are asked anew.
     """
-    limit_bytes = best = block.limit_bytes
-    worthy: list[tuple[int, int]] = []
-    others: list[tuple[int, int]] = []
-    for number, codec in enumerate(codecs):
+    best, limit_bytes = None, block.limit_bytes
+    for codec in codecs:
         estimate = codec.estimate_bytes(block, limit_bytes=limit_bytes, lists=lists)
-        if estimate is None:
-            continue
-        (worthy if estimate <= best else others).append((estimate, number))
-        best = min(best, estimate // 2)
-    for _, number in worthy[::-1] + sorted(others):
-        payload = codecs[number].encode(block, limit_bytes=limit_bytes, lists=lists)
-        if payload is not None:
-            return codecs[number].name, payload
-    return None
+        if estimate is not None:
+            best, limit_bytes = codec, estimate // 2
+    if best is None:
+        return None
+    payload = best.encode(block, limit_bytes=block.limit_bytes, lists=lists)
+    if payload is not None:
+        return best.name, payload
+    return encode_best(block, [codec for codec in codecs if codec is not best], lists=lists)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from offload.codecs.base import Block, Payload
-from offload.codecs.distinct import draw_sample, number_rows
+from offload.codecs.distinct import Sample, draw_sample, number_rows
 from offload.codecs.index_list import IndexList, IndexLists, list_bytes
 
 
@@ -32,15 +32,21 @@ def estimate_table(block: Block, width_bytes: int, *, limit_bytes: int) -> int |
     more than the limit.
     """
     sample = block.sample(width_bytes)
-    if sample is None or (num_distinct := sample.num_distinct()) is None:
+    size_bytes = _size_bytes(sample, width_bytes) if sample is not None else None
+    if sample is None or size_bytes is None or size_bytes > limit_bytes:
         return None
     if len(sample.rows) < sample.num_rows and (lanes := block.lanes(width_bytes)) is not None:
         # Neighbours may repeat where the block does not: what passes is asked again without them.
         spread = draw_sample(lanes, limit=sample.limit, factor=4, run_bytes=1)
-        if (num_distinct := spread.num_distinct()) is None:
-            return None
-    size_bytes = num_distinct * width_bytes + list_bytes(sample.num_rows, num_distinct)
-    return size_bytes if size_bytes <= limit_bytes else None
+        size_bytes = _size_bytes(spread, width_bytes)
+    return size_bytes if size_bytes is not None and size_bytes <= limit_bytes else None
+
+
+def _size_bytes(sample: Sample, width_bytes: int) -> int | None:
+    num_distinct = sample.num_distinct()
+    if num_distinct is None:
+        return None
+    return num_distinct * width_bytes + list_bytes(sample.num_rows, num_distinct)
 
 
 def encode_table(block: Block, width_bytes: int, *, limit_bytes: int, lists: IndexLists) -> Payload | None:
