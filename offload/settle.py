@@ -37,6 +37,7 @@ class Pending(NamedTuple):
     layout: Layout
     record: StorageRecord
     row: Row
+    num_bytes: int
     new_bytes: int
 
 
@@ -82,7 +83,8 @@ class Settler:
         record.put(entry, source._version)
         new_bytes = self._ledger.charged_bytes - charged_bytes
         sequence = _get_sequence_nr()
-        self._queue.pending.append(Pending(sequence, weakref.ref(entry), layout, record, row, new_bytes))
+        pending = Pending(sequence, weakref.ref(entry), layout, record, row, record.num_bytes, new_bytes)
+        self._queue.pending.append(pending)
         self._queue.num_bytes += record.num_bytes
         return Handle(entry, layout=layout), storage_bytes
 
@@ -97,8 +99,9 @@ class Settler:
         now = _get_sequence_nr()
         queue = self._queue.pending
         while queue and queue[0].sequence != now:
-            self._settle(queue.popleft())
-        self._queue.num_bytes = sum(pending.record.num_bytes for pending in queue)
+            pending = queue.popleft()
+            self._queue.num_bytes -= pending.num_bytes
+            self._settle(pending)
 
     def settle_all(self) -> None:
         """Settle all that this thread saved. To be called outside any operator."""

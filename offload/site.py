@@ -20,17 +20,17 @@ class Sites:
     def calling(self) -> str:
         """Return the name of the line that called the operator that is being recorded."""
         frame = sys._getframe(2)
-        while self._is_ours(frame.f_code) and frame.f_back is not None:
+        ours = self._ours
+        while True:
+            skipped = ours.get(frame.f_code)
+            if skipped is None:
+                skipped = ours[frame.f_code] = frame.f_code.co_filename.startswith(_PACKAGES)
+            if not skipped or frame.f_back is None:
+                break
             frame = frame.f_back
-        key = (frame.f_code, frame.f_lineno)
+        key = (frame.f_code, frame.f_lasti)  # a line's number is dear to look up, an instruction's is not
         name = self._names.get(key)
         if name is None:
             path = Path(frame.f_code.co_filename)
             name = self._names[key] = f"{path.parent.name}/{path.name}:{frame.f_lineno}"
         return name
-
-    def _is_ours(self, code: CodeType) -> bool:
-        ours = self._ours.get(code)
-        if ours is None:
-            ours = self._ours[code] = code.co_filename.startswith(_PACKAGES)
-        return ours
