@@ -13,11 +13,12 @@ from offload.codecs.base import Block, Codec, Payload
 from offload.codecs.index_list import IndexLists
 
 _CASTS: Mapping[int, tuple[tuple[torch.dtype, torch.dtype], ...]] = {
-    8: ((torch.int64, torch.int16), (torch.int64, torch.int32), (torch.float64, torch.float32)),
-    4: ((torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.int32, torch.int16)),
+    8: ((torch.int64, torch.uint16), (torch.int64, torch.int32), (torch.float64, torch.float32)),
+    4: ((torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.int32, torch.uint16)),
 }
 
 
+_NUM_TRIED = 64
 _INTEGERS: Mapping[int, torch.dtype] = {8: torch.int64, 4: torch.int32}
 
 
@@ -33,7 +34,7 @@ class Cast(Codec):
         sample = block.sample(block.item_bytes) if block.item_bytes >= 4 else None
         if sample is None:
             return None
-        rows = torch.from_numpy(sample.rows)
+        rows = torch.from_numpy(sample.rows[:_NUM_TRIED])
         for wide, narrow in _casts(block):
             num_bytes = block.num_bytes * narrow.itemsize // wide.itemsize
             if num_bytes <= limit_bytes and _cast(rows, wide, narrow) is not None:

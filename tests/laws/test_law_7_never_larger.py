@@ -125,7 +125,7 @@ def test_held_bytes_are_the_bytes_of_the_tensors_that_are_held(name: str) -> Non
 
 def test_the_default_codecs_win_somewhere() -> None:
     """So that never larger is not had by never encoding."""
-    for codec, content in {"bits": "17 values", "narrow": "rounded", "rows": "repeating rows"}.items():
+    for codec, content in {"bits": "17 values", "cast": "rounded", "rows": "repeating rows"}.items():
         store, weight = SavedTensorStore(uniquify=True), torch.zeros(1, requires_grad=True)
         x = CONTENTS[content](64 * 1024).view(-1, 8)
         with store:
@@ -133,4 +133,4 @@ def test_the_default_codecs_win_somewhere() -> None:
         assert store.stats.num_by_stage == {codec: 1}
         assert store.stats.held_bytes <= x.nbytes * 9 // 16
         del kept
-    assert {codec.name for codec in DEFAULT_CODECS} == {"bits", "narrow", "rows", "keyed"}
+    assert {codec.name for codec in DEFAULT_CODECS} == {"bits", "cast", "rows", "keyed"}

@@ -64,7 +64,7 @@ def test_few_values_take_the_bits_that_tell_them_apart(bits: int, *, num_values:
 def test_one_value_everywhere_takes_no_bits(dtype: torch.dtype) -> None:
     stats = stats_of(torch.ones(333, 77, dtype=dtype))
     assert stats.held_bytes <= 32
-    assert sum(stats.num_by_stage.get(name, 0) for name in ("bits", "narrow")) == 1
+    assert sum(stats.num_by_stage.get(name, 0) for name in ("bits", "cast")) == 1
 
 
 def test_a_value_that_stands_once_comes_back() -> None:
@@ -108,17 +108,17 @@ def test_a_sixteen_bit_table_only_where_it_about_halves() -> None:
         assert stats_of(x.float()).held_bytes <= x.numel() * 4 * 9 / 16
 
 
-def test_a_float_made_of_a_bfloat_keeps_its_upper_half() -> None:
+def test_a_float_made_of_a_bfloat_is_held_as_one() -> None:
     x = torch.randn(300, 257).bfloat16()
     stats = stats_of(x.float() * 1.0)
-    assert stats.num_by_stage == {"narrow": 1}
-    assert stats.held_bytes == x.nbytes + 4
+    assert stats.num_by_stage == {"cast": 1}
+    assert stats.held_bytes == x.nbytes
 
 
 def test_token_numbers_keep_the_quarter_that_varies() -> None:
     tokens = torch.randperm(40_000)[:20_000].clone()
     stats = stats_of(tokens)
-    assert stats.held_bytes <= 20_000 * 2 + 8
+    assert stats.held_bytes == 20_000 * 2
 
 
 def test_small_mostly_distinct_tensors_are_not_enlarged() -> None:

@@ -13,7 +13,7 @@ from offload.codecs.base import Block, Codec, Payload
 from offload.codecs.bits import Bits
 from offload.codecs.index_list import IndexLists
 from offload.codecs.keyed import Keyed
-from offload.codecs.narrow import Narrow
+from offload.codecs.cast import Cast
 from offload.codecs.raw import Raw, RawPayload
 from offload.codecs.rows import Rows
 from offload.testing import CodecLaws, Forced
@@ -31,7 +31,7 @@ class TestBits(CodecLaws):
 
 class TestNarrow(CodecLaws):
     def codec(self) -> Codec:
-        return Narrow()
+        return Cast()
 
 
 class TestRows(CodecLaws):
