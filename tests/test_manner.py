@@ -66,7 +66,7 @@ def test_files_and_functions_are_short(path: Path) -> None:
 def is_ours_to_sign(function: Function) -> bool:
     """Return whether others call it by a signature that we chose.
 
-    Private functions have their callers in sight; dunders and the halves of an autograd function are not ours.
+    Private functions have their callers in sight; an autograd function's halves are not ours.
     """
     private = function.name.startswith("_") and function.name != "__init__"
     first = next(iter(function.args.posonlyargs + function.args.args), None)

@@ -1,4 +1,4 @@
-"""The reference graph saves what the paper's table says, scaled down, and the store holds what each stage leaves."""
+"""The reference graph saves what the paper's table says, and the store holds what each stage leaves."""
 
 from bench.ablation import measure
 

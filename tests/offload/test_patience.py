@@ -1,4 +1,6 @@
-"""Patience: a line is read until it won nothing eight times in a row, then ever more seldom, until it wins."""
+"""Patience: a line is read until it won nothing eight times in a row, then ever more seldom."""
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ def test_a_line_that_loses_is_read_ever_more_seldom() -> None:
             read.append(number)
             patience.learn(won=False)
     assert read[:8] == list(range(8))
-    gaps = [after - before for before, after in zip(read[7:], read[8:], strict=False)]
+    gaps = [after - before for before, after in pairwise(read[7:])]
     assert gaps[:7] == [2, 3, 5, 9, 17, 33, 33]
 
 

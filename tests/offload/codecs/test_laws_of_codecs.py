@@ -11,9 +11,9 @@ import offload.codecs
 from offload.codecs import DEFAULT_CODECS
 from offload.codecs.base import Block, Codec, Payload
 from offload.codecs.bits import Bits
+from offload.codecs.cast import Cast
 from offload.codecs.index_list import IndexLists
 from offload.codecs.keyed import Keyed
-from offload.codecs.cast import Cast
 from offload.codecs.raw import Raw, RawPayload
 from offload.codecs.rows import Rows
 from offload.testing import CodecLaws, Forced
