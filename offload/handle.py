@@ -20,7 +20,7 @@ class Content(ABC):
     __slots__ = ()
 
     @abstractmethod
-    def open(self, layout: Layout | None, saver: int) -> Tensor:
+    def open(self, layout: Layout, saver: int) -> Tensor:
         """Return what save number `saver` saved, with `layout`, any number of times (Law 3)."""
 
 
@@ -58,24 +58,11 @@ class Reference(Content):
         self._savers.append((source, _version_of(source)))
         return len(self._savers) - 1
 
-    def open(self, layout: Layout | None, saver: int) -> Tensor:
+    def open(self, layout: Layout, saver: int) -> Tensor:
         """Return the tensor; raises StaleTensorError when it is no longer what was saved."""
         source, version = self._savers[saver]
-        if _version_of(source) != version or self._shrank:
-            raise StaleTensorError(self._complaint(source, version))
-        return source if layout is None else lay(layout, source)
-
-    def _complaint(self, source: Tensor, version: int) -> str:
-        if self._shrank:
-            now = source.untyped_storage().nbytes()
-            seen = f"its storage has {now} bytes now and had {self._num_bytes} when it was saved"
-        else:
-            seen = f"it is at version {_version_of(source)} and was saved at version {version}"
-        return (
-            f"backward needs a saved tensor of shape {tuple(source.shape)}, {source.dtype}, kept by "
-            f"reference, but {seen}: it was changed in place after it was saved. Change a clone instead, or "
-            "move the change (an optimizer step, an in-place operation) behind backward."
-        )
+        _require_fresh(source, version, self._num_bytes)
+        return lay(layout, source)
 
 
 class Encoded(Content):
@@ -88,9 +75,8 @@ class Encoded(Content):
         self._start = start
         self._charge = charge
 
-    def open(self, layout: Layout | None, saver: int) -> Tensor:
+    def open(self, layout: Layout, saver: int) -> Tensor:
         """Decode the payload and lay the tensor on it."""
-        assert layout is not None, "only a plain tensor is encoded, and it has a layout"
         return lay_bytes(layout, self._payload.decode(), start=self._start)
 
 
@@ -115,7 +101,7 @@ class Handle:
 
     __slots__ = ("_entry", "_layout", "_saver")
 
-    def __init__(self, entry: Entry, *, layout: Layout | None = None, saver: int = 0) -> None:
+    def __init__(self, entry: Entry, *, layout: Layout, saver: int = 0) -> None:
         self._entry = entry
         self._layout = layout
         self._saver = saver
@@ -125,5 +111,42 @@ class Handle:
         return self._entry.content.open(self._layout, self._saver)
 
 
+class Kept:
+    """What autograd keeps for a save that stays by reference and shares no payload: most saves of most steps.
+
+    Owns the alias, so the storage lives, and a share of the storage's charge.
+    """
+
+    __slots__ = ("_alias", "_charge", "_num_bytes", "_version")
+
+    def __init__(self, alias: Tensor, *, num_bytes: int = 0, charge: Charge | None = None) -> None:
+        self._alias = alias
+        self._version = _version_of(alias)
+        self._num_bytes = num_bytes
+        self._charge = charge
+
+    def open(self) -> Tensor:
+        """Return the saved tensor; raises StaleTensorError when it is no longer what was saved."""
+        _require_fresh(self._alias, self._version, self._num_bytes)
+        return self._alias
+
+
 def _version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _require_fresh(alias: Tensor, version: int, num_bytes: int) -> None:
+    """Raise StaleTensorError if `alias` was changed in place since `version`, or lost bytes (Law 4)."""
+    shrank = num_bytes > 0 and alias.untyped_storage().nbytes() < num_bytes
+    if not shrank and _version_of(alias) == version:
+        return
+    if shrank:
+        now = alias.untyped_storage().nbytes()
+        seen = f"its storage has {now} bytes now and had {num_bytes} when it was saved"
+    else:
+        seen = f"it is at version {_version_of(alias)} and was saved at version {version}"
+    raise StaleTensorError(
+        f"backward needs a saved tensor of shape {tuple(alias.shape)}, {alias.dtype}, kept by reference, but "
+        f"{seen}: it was changed in place after it was saved. Change a clone instead, or move the change (an "
+        "optimizer step, an in-place operation) behind backward."
+    )

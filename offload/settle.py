@@ -20,10 +20,10 @@ from offload.codecs.choose import encode_best
 from offload.codecs.index_list import IndexLists
 from offload.codecs.raw import RawPayload
 from offload.dedupe import ContentIndex, StorageIndex, StorageRecord, digest_of
-from offload.handle import Content, Encoded, Entry, Handle, Reference
-from offload.layout import Layout, block_of
+from offload.handle import Content, Encoded, Entry, Handle, Kept, Reference
+from offload.layout import Layout, block_of, lift
 from offload.select import is_window
-from offload.stats import Ledger, Row
+from offload.stats import Charge, Ledger, Row
 
 _BATCH_BYTES = 32 << 20
 """Storages of this many bytes wait by reference, at most, before they are settled."""
@@ -59,18 +59,20 @@ class Settler:
         self._storages.begin_step()
         self._ledger.reset_peak()
 
-    def admit(self, layout: Layout, source: Tensor, *, row: Row) -> tuple[Handle, int]:
+    def admit(self, tensor: Tensor, *, row: Row) -> tuple[Handle | Kept, int]:
         """Return the handle of a save and the bytes of its storage if this step had not saved it before, else
         0.
         """
-        record = self._storages.record(source.untyped_storage())
+        alias = tensor.detach()
+        record = self._storages.record(alias.untyped_storage())
         storage_bytes = self._storages.count(record)
-        known = record.entry(source._version) if self._dedupe else None
-        if not self._is_worth_reading(layout, record, known, row):
+        known = record.entry(alias._version) if self._dedupe else None
+        if not self._is_worth_reading(alias, record, known, row):
             charged_bytes = self._ledger.charged_bytes
-            entry = self._new_entry(layout, source, record)
+            kept = Kept(alias, num_bytes=record.num_bytes, charge=self._charge(alias, record))
             row.count("reference", kept_bytes=self._ledger.charged_bytes - charged_bytes)
-            return Handle(entry, layout=layout), storage_bytes
+            return kept, storage_bytes
+        layout, source = lift(alias)
         digest = digest_of(source)
         if known is not None and isinstance(known.content, Reference):
             if known.digest == digest:
@@ -79,7 +81,8 @@ class Settler:
             known.follows = True
         follows = known is not None and known.follows
         charged_bytes = self._ledger.charged_bytes
-        entry = self._new_entry(layout, source, record, digest=digest, follows=follows)
+        reference = Reference(source, num_bytes=record.num_bytes, charge=self._charge(source, record))
+        entry = Entry(reference, digest=digest, follows=follows)
         record.put(entry, source._version)
         new_bytes = self._ledger.charged_bytes - charged_bytes
         sequence = _get_sequence_nr()
@@ -115,29 +118,16 @@ class Settler:
         self._queue.pending.clear()
         self._queue.num_bytes = 0
 
-    def _is_worth_reading(self, layout: Layout, record: StorageRecord, known: Entry | None, row: Row) -> bool:
-        if record.num_bytes < self._min_bytes or is_window(layout, storage_bytes=record.num_bytes):
+    def _is_worth_reading(self, alias: Tensor, record: StorageRecord, known: Entry | None, row: Row) -> bool:
+        if record.num_bytes < self._min_bytes or is_window(alias, storage_bytes=record.num_bytes):
             return False
         # A storage that was read once is read again: its saves are to share one payload (Law 5).
         return not self._dedupe or known is not None or row.patience.is_worth_reading()
 
-    def _new_entry(
-        self,
-        layout: Layout,
-        source: Tensor,
-        record: StorageRecord,
-        *,
-        digest: bytes | None = None,
-        follows: bool = False,
-    ) -> Entry:
-        charge = (
-            self._storages.charge(record)
-            if self._dedupe
-            else self._ledger.charge(min(layout.span_bytes(), source.nbytes))
-        )
-        return Entry(
-            Reference(source, num_bytes=record.num_bytes, charge=charge), digest=digest, follows=follows
-        )
+    def _charge(self, alias: Tensor, record: StorageRecord) -> Charge:
+        if self._dedupe:
+            return self._storages.charge(record)
+        return self._ledger.charge(min(lift(alias)[0].span_bytes(), alias.nbytes))
 
     def _settle(self, pending: Pending) -> None:
         entry = pending.entry()

@@ -14,8 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from offload.codecs import DEFAULT_CODECS
 from offload.codecs.base import Codec
-from offload.handle import Entry, Handle, Reference
-from offload.layout import lift
+from offload.handle import Handle, Kept
 from offload.patience import Patience
 from offload.report import report_text
 from offload.select import Kind, kind_of
@@ -101,7 +100,7 @@ class SavedTensorStore:
         """Return a table for people: totals, then the lines of code that saved most and what became of it."""
         return report_text(self.stats, self.rows())
 
-    def _pack(self, tensor: Tensor) -> Handle:
+    def _pack(self, tensor: Tensor) -> Handle | Kept:
         with self._lock:
             self._settler.settle_returned()
             kind = kind_of(tensor)
@@ -109,14 +108,13 @@ class SavedTensorStore:
             row = self._counts.row(self._sites.calling(), shape=shape, dtype=tensor.dtype)
             if kind is not Kind.PLAIN:
                 row.count(kind.value)
-                return Handle(Entry(Reference(tensor.detach())))
-            layout, source = lift(tensor)
-            row.saved_bytes += source.nbytes
-            handle, new_storage_bytes = self._settler.admit(layout, source, row=row)
+                return Kept(tensor.detach())
+            row.saved_bytes += tensor.nbytes
+            handle, new_storage_bytes = self._settler.admit(tensor, row=row)
             self._counts.storage_bytes += new_storage_bytes
             return handle
 
-    def _unpack(self, handle: Handle) -> Tensor:
+    def _unpack(self, handle: Handle | Kept) -> Tensor:
         return handle.open()
 
 
