@@ -86,7 +86,7 @@ def main() -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="only these (default: all three)")
     parser.add_argument(
-        "--rounds", type=int, default=40, help="timed steps of each way; the median is told (default 40)"
+        "--rounds", type=int, default=60, help="timed steps of each way; the median is told (default 60)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--keep", action="store_true", help="also write it to bench/results/")

@@ -58,6 +58,8 @@ def write_whole(
     try:
         _write(tensors, directory=partial, shard_bytes=shard_bytes)
         (partial / MANIFEST).write_text(manifest.to_json())
+        for path in partial.iterdir():
+            path.chmod((partial / MANIFEST).stat().st_mode)  # safetensors makes files for their owner alone
         # What makes it a palettized directory comes last.
         for path in sorted(partial.iterdir(), key=lambda path: path.name == MANIFEST):
             path.replace(directory / path.name)

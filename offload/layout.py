@@ -34,6 +34,8 @@ class Layout(NamedTuple):
 
     def has_gaps(self) -> bool:
         """Return whether the items lie apart, each at a place of its own."""
+        if self.shape.numel() == 0:
+            return False
         reach = 1
         for step, size in sorted(
             (step, size) for step, size in zip(self.stride, self.shape, strict=True) if size != 1

@@ -5,7 +5,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from offload.layout import lift
+from offload.layout import Layout
 
 # A view this much smaller than a large storage (a batch cut from a memory-mapped file, a step of a long
 # sequence) is not worth reading all of the storage for.
@@ -34,13 +34,13 @@ def kind_of(tensor: Tensor) -> Kind:
     return Kind.PLAIN if _has_plain_storage(tensor) else Kind.OPAQUE
 
 
-def is_window(tensor: Tensor, *, storage_bytes: int) -> bool:
+def is_window(layout: Layout, *, storage_bytes: int) -> bool:
     """Return whether a view reaches so little of its storage that hashing all of it would cost more than it
     can win.
     """
     if storage_bytes <= _LARGE_BYTES:
         return False
-    return lift(tensor)[0].span_bytes() * _WINDOW_FRACTION < storage_bytes
+    return layout.span_bytes() * _WINDOW_FRACTION < storage_bytes
 
 
 def _is_parameter(tensor: Tensor) -> bool:

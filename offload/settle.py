@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 from torch._C._autograd import _get_sequence_nr
+from torch.utils._python_dispatch import _disable_current_modes
 
 from offload.codecs.base import Codec
 from offload.codecs.choose import encode_best
@@ -25,8 +26,9 @@ from offload.layout import Layout, block_of, lift
 from offload.select import is_window
 from offload.stats import Charge, Ledger, Row
 
-_BATCH_BYTES = 32 << 20
-"""Storages of this many bytes wait by reference, at most, before they are settled."""
+_BATCH_BYTES = 8 << 20
+_BATCH_SAVES = 1024
+"""Saves of so many bytes of storage, or so many of them, wait by reference before they are settled."""
 
 
 class Pending(NamedTuple):
@@ -67,12 +69,12 @@ class Settler:
         record = self._storages.record(alias.untyped_storage())
         storage_bytes = self._storages.count(record)
         known = record.entry(alias._version) if self._dedupe else None
-        if not self._is_worth_reading(alias, record, known, row):
+        layout, source = lift(alias)
+        if not self._is_worth_reading(layout, record, known, row):
             charged_bytes = self._ledger.charged_bytes
             kept = Kept(alias, num_bytes=record.num_bytes, charge=self._charge(alias, record))
             row.count("reference", kept_bytes=self._ledger.charged_bytes - charged_bytes)
             return kept, storage_bytes
-        layout, source = lift(alias)
         digest = digest_of(source)
         if known is not None and isinstance(known.content, Reference):
             if known.digest == digest:
@@ -97,30 +99,33 @@ class Settler:
         Not one by one: between two operators the caches are theirs, and each look at a tensor would cost
         several times what it does right after another one.
         """
-        if self._queue.num_bytes <= _BATCH_BYTES:
-            return
-        now = _get_sequence_nr()
-        queue = self._queue.pending
-        while queue and queue[0].sequence != now:
-            pending = queue.popleft()
-            self._queue.num_bytes -= pending.num_bytes
-            self._settle(pending)
+        if self._queue.num_bytes > _BATCH_BYTES or len(self._queue.pending) > _BATCH_SAVES:
+            self._settle_queue(now=_get_sequence_nr())
 
     def settle_all(self) -> None:
         """Settle all that this thread saved. To be called outside any operator."""
+        if self._queue.pending:
+            self._settle_queue(now=None)
+
+    def _settle_queue(self, *, now: int | None) -> None:
         queue = self._queue.pending
-        while queue:
-            self._settle(queue.popleft())
-        self._queue.num_bytes = 0
+        # A mode that was entered after the save (a fake tensor's, a counter's) has no part in it.
+        with _disable_current_modes():
+            while queue and queue[0].sequence != now:
+                pending = queue.popleft()
+                self._queue.num_bytes -= pending.num_bytes
+                self._settle(pending)
 
     def drop_all(self) -> None:
         """Leave what this thread saved by reference."""
         self._queue.pending.clear()
         self._queue.num_bytes = 0
 
-    def _is_worth_reading(self, alias: Tensor, record: StorageRecord, known: Entry | None, row: Row) -> bool:
-        if record.num_bytes < self._min_bytes or is_window(alias, storage_bytes=record.num_bytes):
+    def _is_worth_reading(self, layout: Layout, record: StorageRecord, known: Entry | None, row: Row) -> bool:
+        if record.num_bytes < self._min_bytes or is_window(layout, storage_bytes=record.num_bytes):
             return False
+        if layout.span()[1] > record.num_bytes:
+            return False  # its storage was shrunk before the save: to be read it would have to grow
         # A storage that was read once is read again: its saves are to share one payload (Law 5).
         return not self._dedupe or known is not None or row.patience.is_worth_reading()
 
@@ -135,11 +140,16 @@ class Settler:
             pending.row.count("reference", kept_bytes=pending.new_bytes)
             return
         charged_bytes = self._ledger.charged_bytes
-        stage = self._place(entry, pending.layout, pending.record)
+        stage = "reference"
+        try:
+            stage = self._place(entry, pending.layout, pending.record)
+        finally:
+            self._book(pending, stage, self._ledger.charged_bytes - charged_bytes)
+
+    def _book(self, pending: Pending, stage: str, charged_bytes: int) -> None:
         won = stage != "reference"
         pending.row.patience.learn(won=won)
-        kept_bytes = self._ledger.charged_bytes - charged_bytes if won else pending.new_bytes
-        pending.row.count(stage, kept_bytes=kept_bytes)
+        pending.row.count(stage, kept_bytes=charged_bytes if won else pending.new_bytes)
 
     def _place(self, entry: Entry, layout: Layout, record: StorageRecord) -> str:
         """Give `entry` bytes of its own where a stage has a reason to, and return the name of the stage."""
@@ -190,9 +200,12 @@ class Settler:
             or digest_of(source) != digest
         ):
             return None
+        copy = self._copy(source, layout)
+        if digest_of(source) != digest:
+            return None  # another thread wrote while it was copied
         self._storages.record(theirs.untyped_storage()).copied_version = theirs._version
-        known.content = self._copy(source, layout)
-        return known.content
+        known.content = copy
+        return copy
 
     def _encode(self, source: Tensor, layout: Layout) -> tuple[str, Content] | None:
         if not self._codecs:

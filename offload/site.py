@@ -19,7 +19,7 @@ class Sites:
 
     def calling(self) -> str:
         """Return the name of the line that called the operator that is being recorded."""
-        frame = sys._getframe(2)
+        frame = sys._getframe(1)  # a thread of the engine or of TorchScript has no frame above ours
         ours = self._ours
         while True:
             skipped = ours.get(frame.f_code)

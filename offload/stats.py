@@ -49,7 +49,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._given_back: deque[int] = deque()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the collector may run a reader inside a writer
         self._held_bytes = 0
         self._peak_bytes = 0
         self.charged_bytes = 0

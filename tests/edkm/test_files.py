@@ -235,3 +235,8 @@ def test_loading_peaks_at_the_file_and_one_layer(tmp_path: Path, root: Path) -> 
     size = (directory / "large" / "palettized.safetensors").stat().st_size
     layer = size / 16
     assert size * 0.9 < int(run.stdout) <= size + layer + 2**20
+
+
+def test_whoever_may_read_the_manifest_may_read_the_weights(tmp_path: Path) -> None:
+    save_palettized(palettize(nn.Sequential(nn.Linear(8, 8)), DKMConfig(bits=2)), tmp_path / "model")
+    assert len({path.stat().st_mode for path in (tmp_path / "model").iterdir()}) == 1

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from offload import SavedTensorStore, StaleTensorError
+from offload.layout import lift
 from offload.select import Kind, is_window, kind_of
 from tests.laws.settings import STORES, Around, bits, plain
 
@@ -168,7 +169,7 @@ def test_an_opaque_tensor_that_was_changed_is_refused(make: Callable[[], Tensor]
 
 
 def test_a_window_is_a_small_part_of_a_long_storage() -> None:
-    few, many = (torch.zeros(num_bytes, dtype=torch.uint8) for num_bytes in (10, 1 << 19))
+    few, many = (lift(torch.zeros(num_bytes, dtype=torch.uint8))[0] for num_bytes in (10, 1 << 19))
     assert is_window(few, storage_bytes=1 << 22)
     assert not is_window(many, storage_bytes=1 << 22)
     assert not is_window(few, storage_bytes=1 << 12), "a short storage is read at once"
