@@ -16,9 +16,9 @@ class Stats:
     """One reading of a store; all sizes in bytes.
 
     `saved_bytes` and `storage_bytes` count since the outermost enter, parameters and what has no plain
-    readable storage left out; `held_bytes` is current; `peak_held_bytes` is the most held since then. `num_by_stage` counts saves by what
-    became of them: "parameter", "opaque" and "reference" (kept by reference), "storage" and "content" (shared
-    with a living entry), "copy", or a codec's name.
+    readable storage left out; `held_bytes` is current; `peak_held_bytes` is the most held since then.
+    `num_by_stage` counts saves by what became of them: "parameter", "opaque" and "reference" (kept by
+    reference), "storage" and "content" (shared with a living entry), "copy", or a codec's name.
     """
 
     saved_bytes: int = 0
