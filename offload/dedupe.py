@@ -16,20 +16,22 @@ _memory_view = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssi
     ("PyMemoryView_FromMemory", ctypes.pythonapi)
 )
 _READ_ONLY = 0x100  # PyBUF_READ
+_LEAST_SWEPT = 1024
+"""Records of dead storages are dropped when a step begins, and when there are more than so many."""
 
 
-class StorageRecord:
-    """What the store knows of one living storage. All references are weak: handles own entries, entries own
-    charges.
+class StorageRecord(weakref.ref[torch.UntypedStorage]):
+    """What the store knows of one storage, and a weak reference to it. All else it refers to weakly too:
+    handles own entries, entries own charges.
 
     A version only grows, so the newest alone can be saved again. `copied_version` is one of which some save
     has bytes of its own, apart from the storage.
     """
 
-    __slots__ = ("_entry", "_entry_version", "alive", "charge", "copied_version", "counted_step", "num_bytes")
+    __slots__ = ("_entry", "_entry_version", "charge", "copied_version", "counted_step", "num_bytes")
 
-    def __init__(self, alive: "weakref.ref[torch.UntypedStorage]") -> None:
-        self.alive = alive
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        super().__init__(storage)  # type: ignore[call-arg]
         self.num_bytes = 0
         self.charge: weakref.ref[Charge] | None = None
         self.copied_version = -1
@@ -47,41 +49,34 @@ class StorageRecord:
         self._entry_version = version
 
 
-class _StorageRef(weakref.ref[torch.UntypedStorage]):
-    """A weak reference that remembers the key of its record."""
-
-    __slots__ = ("key",)
-
-    key: int
-
-
 class StorageIndex:
     """Living storages by identity: an address may come back after a free, a dead weak reference does not."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._records: dict[int, StorageRecord] = {}
+        self._most_records = _LEAST_SWEPT
         self._step = 0
 
     def begin_step(self) -> None:
         """Count every storage anew."""
         self._step += 1
+        self._sweep()
 
     def record(self, storage: torch.UntypedStorage) -> StorageRecord:
         """Return the record of `storage`, a new one when it was not seen alive before."""
         record = self._records.get(id(storage))
-        if record is None or record.alive() is not storage:
-            alive = _StorageRef(storage, self._forget)
-            alive.key = id(storage)
-            record = self._records[alive.key] = StorageRecord(alive)
+        if record is None or record() is not storage:
+            if len(self._records) >= self._most_records:
+                self._sweep()
+            record = self._records[id(storage)] = StorageRecord(storage)
         record.num_bytes = storage.nbytes()
         return record
 
-    def _forget(self, dead: "weakref.ref[torch.UntypedStorage]") -> None:
-        assert isinstance(dead, _StorageRef), "records are watched by these alone"
-        known = self._records.get(dead.key)
-        if known is not None and known.alive is dead:
-            del self._records[dead.key]
+    def _sweep(self) -> None:
+        # All at once: a callback at each storage's end would run Python between the operators of backward.
+        self._records = {key: record for key, record in self._records.items() if record() is not None}
+        self._most_records = max(_LEAST_SWEPT, 2 * len(self._records))
 
     def count(self, record: StorageRecord) -> int:
         """Return the bytes of the storage the first time in a step, 0 after that."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from offload.codecs.base import Payload
 from offload.errors import StaleTensorError
 from offload.layout import Layout, lay, lay_bytes
+from offload.patience import Line
 from offload.stats import Charge
 
 
@@ -81,17 +82,21 @@ class Encoded(Content):
 
 
 class Entry:
-    """One payload, shared by the handles of all views of one storage at one version.
+    """One payload, shared by the handles of all views of one storage at one version. `line` is the one that
+    saved it first.
 
     `digest` is that of the storage's bytes at pack, None if they were not read. `follows` marks a storage
     that was seen to be written behind its version counter: the entry then stays a reference, and its tensors
     follow the storage as they do in plain autograd.
     """
 
-    __slots__ = ("__weakref__", "content", "digest", "follows")
+    __slots__ = ("__weakref__", "content", "digest", "follows", "line")
 
-    def __init__(self, content: Content, *, digest: bytes | None = None, follows: bool = False) -> None:
+    def __init__(
+        self, content: Content, *, line: Line, digest: bytes | None = None, follows: bool = False
+    ) -> None:
         self.content = content
+        self.line = line
         self.digest = digest
         self.follows = follows
 
@@ -121,14 +126,19 @@ class Kept:
 
     def __init__(self, alias: Tensor, *, num_bytes: int = 0, charge: Charge | None = None) -> None:
         self._alias = alias
-        self._version = _version_of(alias)
+        self._version = None if alias.is_inference() else alias._version
         self._num_bytes = num_bytes
         self._charge = charge
 
     def open(self) -> Tensor:
         """Return the saved tensor; raises StaleTensorError when it is no longer what was saved."""
-        _require_fresh(self._alias, self._version, self._num_bytes)
-        return self._alias
+        alias = self._alias
+        if self._version is not None and (
+            alias._version != self._version
+            or (self._num_bytes and alias.untyped_storage().nbytes() < self._num_bytes)
+        ):
+            _require_fresh(alias, self._version, self._num_bytes)
+        return alias
 
 
 def _version_of(tensor: Tensor) -> int:

@@ -56,19 +56,16 @@ class Layout(NamedTuple):
 
 
 def lift(tensor: Tensor) -> tuple[Layout, Tensor]:
-    """Return the layout of a strided tensor and a detached alias of it with conj and neg resolved lazily.
-
-    The alias shares storage and version counter with `tensor` and owns no graph: keeping the tensor itself
-    would tie the node being built to itself.
+    """Return the layout of a strided tensor without a graph, and the tensor, or a view of it, without conj
+    and neg bits, on the same storage and version counter.
     """
-    alias = tensor.detach()
-    conj, neg = alias.is_conj(), alias.is_neg()
+    conj, neg = tensor.is_conj(), tensor.is_neg()
     if conj:
-        alias = alias.conj()
+        tensor = tensor.conj()
     if neg:
-        alias = torch._neg_view(alias)
-    layout = Layout(alias.shape, alias.stride(), int(alias.storage_offset()), alias.dtype, conj, neg)
-    return layout, alias
+        tensor = torch._neg_view(tensor)
+    layout = Layout(tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype, conj, neg)
+    return layout, tensor
 
 
 def block_of(source: Tensor, layout: Layout, *, whole_storage: bool) -> tuple[Block, int | None]:

@@ -1,17 +1,16 @@
-"""Which lines of code are worth reading: hashing and sampling cost a few percent of a step, on most lines for
-nothing.
+"""Which lines of code are worth a stage's time: hashing and sampling cost a few percent of a step, on most
+lines for nothing.
 """
 
 _NUM_LOST = 8
-_MOST_SKIPPED = 32
+_MOST_SKIPPED = 128
 
 
 class Patience:
-    """How a line of code has fared: it is read until its saves won nothing eight times in a row, then now and
-    then.
+    """How a line of code has fared with a stage: it is tried until it won nothing eight times in a row, then
+    now and then.
 
-    Between two readings 1, 2, 4 ... 32 saves are skipped; one that wins makes the line worth reading again.
-    What is skipped is kept by reference, as plain autograd does.
+    Between two trials 1, 2, 4 ... 128 saves are skipped; one that wins makes the line worth trying again.
     """
 
     __slots__ = ("_num_lost", "_num_skipped")
@@ -20,15 +19,30 @@ class Patience:
         self._num_lost = 0
         self._num_skipped = 0
 
-    def is_worth_reading(self) -> bool:
-        """Return whether to read the save that comes now."""
+    def is_worth_trying(self) -> bool:
+        """Return whether to try the save that comes now."""
         excess = self._num_lost - _NUM_LOST
-        if excess < 0 or self._num_skipped >= min(_MOST_SKIPPED, 1 << min(excess, 5)):
+        if excess < 0 or self._num_skipped >= min(_MOST_SKIPPED, 1 << min(excess, 7)):
             self._num_skipped = 0
             return True
         self._num_skipped += 1
         return False
 
     def learn(self, *, won: bool) -> None:
-        """Take note of what reading a save came to."""
+        """Take note of what trying a save came to."""
         self._num_lost = 0 if won else self._num_lost + 1
+
+
+class Line:
+    """What a store has learnt of the saves of one line of code and dtype, from step to step.
+
+    `reading` is for their bytes at all: saves that are not read are kept by reference, as plain autograd
+    does. `encoding` is for the codecs, and `codec` the name of the one that won last.
+    """
+
+    __slots__ = ("codec", "encoding", "reading")
+
+    def __init__(self) -> None:
+        self.reading = Patience()
+        self.encoding = Patience()
+        self.codec: str | None = None

@@ -29,7 +29,10 @@ def kind_of(tensor: Tensor) -> Kind:
     copied.
     """
     base = tensor._base
-    if (base is not None and isinstance(base, nn.Parameter)) or _is_parameter(tensor):
+    # isinstance(_, Parameter) runs Python: asked only where it can be true.
+    if base is not None and isinstance(base, nn.Parameter):
+        return Kind.PARAMETER
+    if type(tensor) is not Tensor and isinstance(tensor, nn.Parameter):
         return Kind.PARAMETER
     return Kind.PLAIN if _has_plain_storage(tensor) else Kind.OPAQUE
 
@@ -43,17 +46,13 @@ def is_window(layout: Layout, *, storage_bytes: int) -> bool:
     return layout.span_bytes() * _WINDOW_FRACTION < storage_bytes
 
 
-def _is_parameter(tensor: Tensor) -> bool:
-    return type(tensor) is not Tensor and isinstance(tensor, nn.Parameter)  # the first test is the quick one
-
-
 def _has_plain_storage(tensor: Tensor) -> bool:
     if type(tensor) is not Tensor or tensor.layout is not torch.strided:
         return False
-    if tensor.is_quantized or tensor.is_nested or tensor.is_meta or tensor.is_inference():
+    if tensor.is_quantized or tensor.is_nested or tensor.is_inference():
         return False
     try:
         storage = tensor.untyped_storage()
-        return storage.nbytes() == 0 or storage.data_ptr() != 0
+        return storage.data_ptr() != 0 or (storage.nbytes() == 0 and not tensor.is_meta)
     except (RuntimeError, NotImplementedError):  # functorch wrappers and the like refuse to show a storage
         return False

@@ -23,6 +23,7 @@ from offload.codecs.raw import RawPayload
 from offload.dedupe import ContentIndex, StorageIndex, StorageRecord, digest_of
 from offload.handle import Content, Encoded, Entry, Handle, Kept, Reference
 from offload.layout import Layout, block_of, lift
+from offload.patience import Line
 from offload.select import is_window
 from offload.stats import Charge, Ledger, Row
 
@@ -61,7 +62,7 @@ class Settler:
         self._storages.begin_step()
         self._ledger.reset_peak()
 
-    def admit(self, tensor: Tensor, *, row: Row) -> tuple[Handle | Kept, int]:
+    def admit(self, tensor: Tensor, *, row: Row, line: Line) -> tuple[Handle | Kept, int]:
         """Return the handle of a save and the bytes of its storage if this step had not saved it before, else
         0.
         """
@@ -69,12 +70,14 @@ class Settler:
         record = self._storages.record(alias.untyped_storage())
         storage_bytes = self._storages.count(record)
         known = record.entry(alias._version) if self._dedupe else None
+        # A storage that was read once is read again: its saves are to share one payload (Law 5).
+        unread = self._dedupe and known is None and not line.reading.is_worth_trying()
+        if unread or record.num_bytes < self._min_bytes:
+            return self._keep(alias, record, row), storage_bytes
         layout, source = lift(alias)
-        if not self._is_worth_reading(layout, record, known, row):
-            charged_bytes = self._ledger.charged_bytes
-            kept = Kept(alias, num_bytes=record.num_bytes, charge=self._charge(alias, record))
-            row.count("reference", kept_bytes=self._ledger.charged_bytes - charged_bytes)
-            return kept, storage_bytes
+        # Where the storage was shrunk before the save, it would have to grow to be read.
+        if layout.span()[1] > record.num_bytes or is_window(layout, storage_bytes=record.num_bytes):
+            return self._keep(alias, record, row), storage_bytes
         digest = digest_of(source)
         if known is not None and isinstance(known.content, Reference):
             if known.digest == digest:
@@ -84,7 +87,7 @@ class Settler:
         follows = known is not None and known.follows
         charged_bytes = self._ledger.charged_bytes
         reference = Reference(source, num_bytes=record.num_bytes, charge=self._charge(source, record))
-        entry = Entry(reference, digest=digest, follows=follows)
+        entry = Entry(reference, line=line, digest=digest, follows=follows)
         record.put(entry, source._version)
         new_bytes = self._ledger.charged_bytes - charged_bytes
         sequence = _get_sequence_nr()
@@ -121,13 +124,11 @@ class Settler:
         self._queue.pending.clear()
         self._queue.num_bytes = 0
 
-    def _is_worth_reading(self, layout: Layout, record: StorageRecord, known: Entry | None, row: Row) -> bool:
-        if record.num_bytes < self._min_bytes or is_window(layout, storage_bytes=record.num_bytes):
-            return False
-        if layout.span()[1] > record.num_bytes:
-            return False  # its storage was shrunk before the save: to be read it would have to grow
-        # A storage that was read once is read again: its saves are to share one payload (Law 5).
-        return not self._dedupe or known is not None or row.patience.is_worth_reading()
+    def _keep(self, alias: Tensor, record: StorageRecord, row: Row) -> Kept:
+        charged_bytes = self._ledger.charged_bytes
+        kept = Kept(alias, num_bytes=record.num_bytes, charge=self._charge(alias, record))
+        row.count("reference", kept_bytes=self._ledger.charged_bytes - charged_bytes)
+        return kept
 
     def _charge(self, alias: Tensor, record: StorageRecord) -> Charge:
         if self._dedupe:
@@ -144,12 +145,10 @@ class Settler:
         try:
             stage = self._place(entry, pending.layout, pending.record)
         finally:
-            self._book(pending, stage, self._ledger.charged_bytes - charged_bytes)
-
-    def _book(self, pending: Pending, stage: str, charged_bytes: int) -> None:
-        won = stage != "reference"
-        pending.row.patience.learn(won=won)
-        pending.row.count(stage, kept_bytes=charged_bytes if won else pending.new_bytes)
+            won = stage != "reference"
+            entry.line.reading.learn(won=won)
+            own_bytes = self._ledger.charged_bytes - charged_bytes
+            pending.row.count(stage, kept_bytes=own_bytes if won else pending.new_bytes)
 
     def _place(self, entry: Entry, layout: Layout, record: StorageRecord) -> str:
         """Give `entry` bytes of its own where a stage has a reason to, and return the name of the stage."""
@@ -157,7 +156,7 @@ class Settler:
         if entry.follows or not isinstance(reference, Reference) or reference.is_stale:
             return "reference"
         source = reference.source
-        stage, content = self._own_bytes(entry.digest or b"", source, layout, record)
+        stage, content = self._own_bytes(entry.digest or b"", source, layout, record, entry.line)
         if content is not None and digest_of(source) != entry.digest:
             entry.follows, content = True, None
         if self._dedupe and stage != "content" and not entry.follows:
@@ -169,13 +168,13 @@ class Settler:
         return stage
 
     def _own_bytes(
-        self, digest: bytes, source: Tensor, layout: Layout, record: StorageRecord
+        self, digest: bytes, source: Tensor, layout: Layout, record: StorageRecord, line: Line
     ) -> tuple[str, Content | None]:
         """Return bytes apart from the storage and the stage that has them; None where a reference will do."""
         shared = self._find_content(digest, source, layout) if self._dedupe else None
         if shared is not None:
             return "content", shared
-        encoded = self._encode(source, layout)
+        encoded = self._encode(source, layout, line)
         if encoded is not None:
             return encoded
         # Without dedupe every save has a copy. With it, a version of which an earlier save has bytes of its
@@ -190,6 +189,8 @@ class Settler:
         own first.
         """
         known = self._contents.find(digest, source)
+        if known is not None:
+            known.line.reading.learn(won=True)  # a line that finds nothing is worth reading to be found
         if known is None or not isinstance(known.content, Reference):
             return known.content if known is not None else None
         theirs = known.content.source
@@ -207,15 +208,16 @@ class Settler:
         known.content = copy
         return copy
 
-    def _encode(self, source: Tensor, layout: Layout) -> tuple[str, Content] | None:
-        if not self._codecs:
+    def _encode(self, source: Tensor, layout: Layout, line: Line) -> tuple[str, Content] | None:
+        if not self._codecs or not line.encoding.is_worth_trying():
             return None
         block, start = block_of(source, layout, whole_storage=self._dedupe)
-        found = encode_best(block, self._codecs, lists=self._lists)
+        found = encode_best(block, self._codecs, lists=self._lists, last=line.codec)
+        line.encoding.learn(won=found is not None)
         if found is None:
             return None
-        name, payload = found
-        return name, Encoded(payload, start=start, charge=self._ledger.charge(payload.num_bytes))
+        line.codec, payload = found
+        return line.codec, Encoded(payload, start=start, charge=self._ledger.charge(payload.num_bytes))
 
     def _copy(self, source: Tensor, layout: Layout) -> Content:
         block, start = block_of(source, layout, whole_storage=self._dedupe)

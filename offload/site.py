@@ -4,33 +4,46 @@ import os
 import sys
 from pathlib import Path
 from types import CodeType
+from typing import NamedTuple
 
 import torch
 
 _PACKAGES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}")
 
 
+class Site(NamedTuple):
+    """An instruction of somebody's code, and its name as `folder/file.py:line`."""
+
+    name: str
+    code: CodeType
+    """Kept alive, since it is known by its identity: to hash a code object is to hash its parts."""
+
+
 class Sites:
-    """Names calling lines as `folder/file.py:line`, each name made once."""
+    """The calling instructions, each named once."""
 
     def __init__(self) -> None:
-        self._names: dict[tuple[CodeType, int], str] = {}
-        self._ours: dict[CodeType, bool] = {}
+        self._sites: dict[tuple[int, int], Site] = {}
+        self._ours: dict[str, bool] = {}
 
-    def calling(self) -> str:
-        """Return the name of the line that called the operator that is being recorded."""
+    def calling(self) -> tuple[int, int]:
+        """Return the key of the instruction that called the operator that is being recorded."""
         frame = sys._getframe(1)  # a thread of the engine or of TorchScript has no frame above ours
         ours = self._ours
         while True:
-            skipped = ours.get(frame.f_code)
+            file = frame.f_code.co_filename
+            skipped = ours.get(file)
             if skipped is None:
-                skipped = ours[frame.f_code] = frame.f_code.co_filename.startswith(_PACKAGES)
+                skipped = ours[file] = file.startswith(_PACKAGES)
             if not skipped or frame.f_back is None:
                 break
             frame = frame.f_back
-        key = (frame.f_code, frame.f_lasti)  # a line's number is dear to look up, an instruction's is not
-        name = self._names.get(key)
-        if name is None:
-            path = Path(frame.f_code.co_filename)
-            name = self._names[key] = f"{path.parent.name}/{path.name}:{frame.f_lineno}"
-        return name
+        key = (id(frame.f_code), frame.f_lasti)
+        if key not in self._sites:
+            path = Path(file)
+            self._sites[key] = Site(f"{path.parent.name}/{path.name}:{frame.f_lineno}", frame.f_code)
+        return key
+
+    def name(self, key: tuple[int, int]) -> str:
+        """Return the name of an instruction."""
+        return self._sites[key].name

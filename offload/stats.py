@@ -8,8 +8,6 @@ from types import MappingProxyType
 
 import torch
 
-from offload.patience import Patience
-
 
 @dataclass(frozen=True)
 class Stats:
@@ -89,15 +87,13 @@ class Row:
         "kept_bytes",
         "num_by_stage",
         "num_saved",
-        "patience",
         "saved_bytes",
         "shape",
         "site",
     )
 
-    def __init__(self, site: str, *, shape: tuple[int, ...], dtype: torch.dtype, patience: Patience) -> None:
+    def __init__(self, site: str, *, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.site = site
-        self.patience = patience
         self.shape = shape
         self.dtype = dtype
         self.num_saved = 0
@@ -112,23 +108,18 @@ class Row:
 
 
 class Counts:
-    """The counts since the outermost enter, by row. What was learnt of a line of code stays from step to
-    step.
-    """
+    """The counts since the outermost enter, by row."""
 
-    def __init__(self, patience: dict[tuple[str, torch.dtype], Patience]) -> None:
-        self._patience = patience
+    def __init__(self) -> None:
         self.rows: dict[tuple[str, torch.Size, torch.dtype], Row] = {}
         self.storage_bytes = 0
 
     def row(self, site: str, *, shape: torch.Size, dtype: torch.dtype) -> Row:
-        """Return the row of these saves, a new one at its first, with this save counted."""
+        """Return the row of these saves, a new one at its first."""
         key = (site, shape, dtype)
         row = self.rows.get(key)
         if row is None:
-            patience = self._patience.setdefault((site, dtype), Patience())
-            row = self.rows[key] = Row(site, shape=tuple(shape), dtype=dtype, patience=patience)
-        row.num_saved += 1
+            row = self.rows[key] = Row(site, shape=tuple(shape), dtype=dtype)
         return row
 
     def stats(self, held_bytes: int, peak_held_bytes: int) -> Stats:

@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from offload.codecs import DEFAULT_CODECS
 from offload.codecs.base import Codec
 from offload.handle import Handle, Kept
-from offload.patience import Patience
+from offload.patience import Line
 from offload.report import report_text
 from offload.select import Kind, kind_of
 from offload.settle import Settler
@@ -48,12 +48,13 @@ class SavedTensorStore:
         if min_bytes < 0:
             raise ValueError(f"SavedTensorStore: min_bytes is {min_bytes} bytes; give 0 or more")
         self._ledger = Ledger()
-        self._patience: dict[tuple[str, torch.dtype], Patience] = {}
-        self._counts = Counts(self._patience)
+        self._counts = Counts()
         self._settler = Settler(
             _codecs_of(uniquify=uniquify), dedupe=dedupe, min_bytes=min_bytes, ledger=self._ledger
         )
         self._sites = Sites()
+        self._lines: dict[tuple[tuple[int, int], torch.dtype, bool], Line] = {}
+        self._seen: dict[tuple[tuple[int, int], torch.Size, torch.dtype, bool], tuple[Row, Line]] = {}
         self._lock = threading.RLock()
         self._entered = _Entered()
         self._num_entered = 0
@@ -63,7 +64,8 @@ class SavedTensorStore:
         hooks.__enter__()
         with self._lock:
             if self._num_entered == 0:
-                self._counts = Counts(self._patience)
+                self._counts = Counts()
+                self._seen.clear()
                 self._settler.begin_step()
             self._num_entered += 1
         self._entered.hooks.append(hooks)
@@ -104,15 +106,31 @@ class SavedTensorStore:
         with self._lock:
             self._settler.settle_returned()
             kind = kind_of(tensor)
-            shape = torch.Size() if tensor.is_nested else tensor.shape  # a nested tensor has none
-            row = self._counts.row(self._sites.calling(), shape=shape, dtype=tensor.dtype)
             if kind is not Kind.PLAIN:
+                row, _ = self._row_and_line(tensor, is_dense=False)
                 row.count(kind.value)
                 return Kept(tensor.detach())
+            row, line = self._row_and_line(tensor, is_dense=tensor.is_contiguous())
             row.saved_bytes += tensor.nbytes
-            handle, new_storage_bytes = self._settler.admit(tensor, row=row)
+            handle, new_storage_bytes = self._settler.admit(tensor, row=row, line=line)
             self._counts.storage_bytes += new_storage_bytes
             return handle
+
+    def _row_and_line(self, tensor: Tensor, *, is_dense: bool) -> tuple[Row, Line]:
+        """Return where a save is counted, counted in, and what is known of its line of code: of the calling
+        instruction, apart for dense tensors and for views, since a matrix product saves an input and a
+        transposed weight.
+        """
+        site = self._sites.calling()
+        shape = torch.Size() if tensor.is_nested else tensor.shape  # a nested tensor has none
+        key = (site, shape, tensor.dtype, is_dense)
+        found = self._seen.get(key)
+        if found is None:
+            row = self._counts.row(self._sites.name(site), shape=shape, dtype=tensor.dtype)
+            line = self._lines.setdefault((site, tensor.dtype, is_dense), Line())
+            found = self._seen[key] = row, line
+        found[0].num_saved += 1
+        return found
 
     def _unpack(self, handle: Handle | Kept) -> Tensor:
         return handle.open()

@@ -148,7 +148,7 @@ def test_lift_and_lay_are_each_others_reverse() -> None:
 
 def test_lift_keeps_the_version_counter_and_leaves_the_graph() -> None:
     hidden = torch.randn(5, requires_grad=True) * 2
-    _, alias = lift(hidden)
+    _, alias = lift(hidden.detach())
     with torch.no_grad():
         hidden.add_(1)
     assert alias._version == hidden._version == 1

@@ -155,7 +155,7 @@ def test_the_report_of_nothing_is_one_line() -> None:
 
 
 def test_the_report_shows_the_twenty_largest_rows_and_counts_the_rest() -> None:
-    counts = Counts({})
+    counts = Counts()
     for number in range(50):
         row = counts.row(f"a/b.py:{number}", shape=torch.Size([number]), dtype=torch.float32)
         row.saved_bytes = number * 100
