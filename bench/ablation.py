@@ -9,29 +9,40 @@ at 4096 x 4096: `cdist`, `square`, `softmax`, `clamp` and two matmuls.
 
 import argparse
 import json
+import statistics
+import tempfile
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from bench.machine import keep, machine
+from bench.ranks import run_ranks
 from bench.rounds import median_ratio, step_seconds
 from offload import SavedTensorStore
 
 _MIB = 2**20
+_RANK_COPIES = 75  # a rank's peak, in copies of the bf16 weight: 2.4 GiB at 4096 x 4096
 _PAPER = {
     "none": {"held_mib": 1600.0, "time_over_plain": 1.0},
     "dedupe": {"held_mib": 544.0, "time_over_plain": 1.04},
+    "dedupe+shard": {"held_mib": 68.0, "time_over_plain": 1.10},
     "dedupe+uniquify": {"held_mib": 97.0, "time_over_plain": 1.84},
+    "dedupe+uniquify+shard": {"held_mib": 12.3, "time_over_plain": 1.72},
 }
-"""Of the paper's table at 4096 x 4096, one learner's worth, the weight counted; eDKM, arXiv 2309.00964."""
+"""Of the paper's table at 4096 x 4096, a learner's worth of 8, the weight counted; eDKM, arXiv 2309.00964."""
 
-_WAYS = {
-    "none": {"dedupe": False, "uniquify": False},
-    "dedupe": {"dedupe": True, "uniquify": False},
-    "dedupe+uniquify": {"dedupe": True, "uniquify": True},
+_WAYS: dict[str, dict[str, bool]] = {
+    "none": {"dedupe": False},
+    "dedupe": {},
+    "dedupe+shard": {"shard": True},
+    "dedupe+uniquify": {"uniquify": True},
+    "dedupe+uniquify+shard": {"uniquify": True, "shard": True},
 }
 
 
@@ -104,8 +115,9 @@ def measure(size: int, *, num_rounds: int) -> dict[str, Any]:
     graph = Graph(size)
     asked, parameters = asked_bytes(graph)
     plain = [gradient.clone() for gradient in graph.gradients(nullcontext())]
-    rows = {name: _bytes_of(graph, plain, **options) for name, options in _WAYS.items()}
-    ways = {"plain": nullcontext} | {name: _entering(**options) for name, options in _WAYS.items()}
+    alone = {name: options for name, options in _WAYS.items() if "shard" not in options}
+    rows = {name: _bytes_of(graph, plain, **options) for name, options in alone.items()}
+    ways = {"plain": nullcontext} | {name: _entering(**options) for name, options in alone.items()}
     seconds = step_seconds(graph.step, ways, num_rounds=num_rounds, num_warmup=1)
     for name, row in rows.items():
         row["time_over_plain"] = round(median_ratio(seconds[name], seconds["plain"]), 3)
@@ -116,18 +128,85 @@ def measure(size: int, *, num_rounds: int) -> dict[str, Any]:
         "asked_for_parameters_mib": parameters / _MIB,
         "plain_step_seconds": [round(each, 3) for each in seconds["plain"]],
         "rows": rows,
+        "paper": {name: _PAPER[name] for name in rows},
+        "machine": machine(),
+    }
+
+
+def measure_rank(rank: int, size: str, num_rounds: str, folder: str) -> None:
+    """Write this rank's table, of all rows, to `folder`; every rank runs each row's step at the same time."""
+    torch.set_num_threads(1)
+    graph = Graph(int(size))
+    plain = [gradient.clone() for gradient in graph.gradients(nullcontext())]
+    rows = {name: _bytes_of(graph, plain, **options) for name, options in _WAYS.items()}
+    ways = {"plain": nullcontext} | {name: _entering(**options) for name, options in _WAYS.items()}
+
+    def step(inside: AbstractContextManager[Any]) -> Tensor:
+        dist.barrier()
+        return graph.step(inside)
+
+    seconds = step_seconds(step, ways, num_rounds=int(num_rounds), num_warmup=0)
+    for name, row in rows.items():
+        row["time_over_plain"] = round(median_ratio(seconds[name], seconds["plain"]), 3)
+    Path(folder, f"{rank}.json").write_text(json.dumps(rows))
+
+
+def measure_ranks(size: int, *, num_ranks: int, num_rounds: int) -> dict[str, Any]:
+    """Return the table of a job of `num_ranks` ranks on this machine that all hold the same weight: of each
+    row the most that a rank held, what all of them held, and the median rank's time.
+
+    Raises:
+        SystemExit: all ranks together need more memory than there is.
+    """
+    needed, room = num_ranks * _RANK_COPIES * 2 * size * size, psutil.virtual_memory().available
+    if needed > room:
+        raise SystemExit(
+            f"{num_ranks} ranks at {size} x {size} need about {needed / 2**30:.1f} GiB, and "
+            f"{room / 2**30:.1f} GiB are free; give a smaller --size or fewer --ranks"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        run_ranks(
+            "bench.ablation:measure_rank",
+            str(size),
+            str(num_rounds),
+            folder,
+            num_ranks=num_ranks,
+            timeout_seconds=3000,
+        )
+        ranks = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(num_ranks)]
+    rows = {name: _over_ranks([rank[name] for rank in ranks]) for name in _WAYS}
+    return {
+        "size": size,
+        "num_ranks": num_ranks,
+        "most_memory_gib": round(needed / 2**30, 2),
+        "rows": rows,
         "paper": _PAPER,
         "machine": machine(),
     }
 
 
-def _entering(*, dedupe: bool, uniquify: bool) -> Any:
-    return lambda: SavedTensorStore(dedupe=dedupe, uniquify=uniquify)
+def _over_ranks(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "held_mib": max(row["held_mib"] for row in rows),
+        "held_at_exit_mib": max(row["held_at_exit_mib"] for row in rows),
+        "peak_held_mib": max(row["peak_held_mib"] for row in rows),
+        "group_held_mib": round(sum(row["held_mib"] for row in rows), 4),
+        "num_by_stage": rows[0]["num_by_stage"],
+        "bit_identical": all(row["bit_identical"] for row in rows),
+        "held_after_backward_bytes": max(row["held_after_backward_bytes"] for row in rows),
+        "time_over_plain": statistics.median(row["time_over_plain"] for row in rows),
+    }
 
 
-def _bytes_of(graph: Graph, plain: list[Tensor], *, dedupe: bool, uniquify: bool) -> dict[str, Any]:
-    store = SavedTensorStore(dedupe=dedupe, uniquify=uniquify)
+def _entering(**options: bool) -> Any:
+    return lambda: SavedTensorStore(**options)
+
+
+def _bytes_of(graph: Graph, plain: list[Tensor], **options: bool) -> dict[str, Any]:
+    store = SavedTensorStore(**options)
     loss = graph.step(store)
+    at_exit = store.stats
+    _meet(store)
     held = store.stats
     loss.backward()
     gradients = [graph.weight.grad, graph.centroids.grad]
@@ -139,11 +218,21 @@ def _bytes_of(graph: Graph, plain: list[Tensor], *, dedupe: bool, uniquify: bool
         "saved_mib": held.saved_bytes / _MIB,
         "storage_mib": held.storage_bytes / _MIB,
         "held_mib": round(held.held_bytes / _MIB, 4),
+        "held_at_exit_mib": round(at_exit.held_bytes / _MIB, 4),
         "peak_held_mib": round(held.peak_held_bytes / _MIB, 4),
         "held_after_backward_bytes": store.stats.held_bytes,
         "num_by_stage": dict(held.num_by_stage),
         "bit_identical": identical,
     }
+
+
+def _meet(store: SavedTensorStore) -> None:
+    """Let every rank reach the end of forward, and look at what the others announced by then."""
+    if dist.is_initialized():
+        for _ in range(2):
+            dist.barrier()
+            store.report()
+        dist.barrier()
 
 
 def main() -> None:
@@ -157,24 +246,31 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=3, help="timed steps of each row; the median is told (default 3)"
     )
+    parser.add_argument("--ranks", type=int, default=1, help="ranks that hold the same weight (default 1)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--keep", action="store_true", help="also write it to bench/results/")
     options = parser.parse_args()
-    result = measure(options.size, num_rounds=options.rounds)
+    if options.ranks > 1:
+        result = measure_ranks(options.size, num_ranks=options.ranks, num_rounds=options.rounds)
+    else:
+        result = measure(options.size, num_rounds=options.rounds)
     if options.keep:
-        keep("ablation", result)
+        keep("ablation" if options.ranks == 1 else f"ablation-{options.size}-ranks{options.ranks}", result)
     print(json.dumps(result, indent=1) if options.json else _table(result))
 
 
 def _table(result: dict[str, Any]) -> str:
+    asked = result.get("asked_mib")
     lines = [
-        f"asked {result['asked_mib']:.1f} MiB, {result['asked_for_parameters_mib']:.1f} of them parameters",
-        f"{'':16} {'held MiB':>10} {'peak MiB':>10} {'time':>6}  gradients",
+        f"{result['num_ranks']} ranks, figures of the rank that held most"
+        if asked is None
+        else f"asked {asked:.1f} MiB, {result['asked_for_parameters_mib']:.1f} of them parameters",
+        f"{'':22} {'held MiB':>10} {'peak MiB':>10} {'time':>6}  gradients",
     ]
     for name, row in result["rows"].items():
         same = "equal" if row["bit_identical"] else "DIFFER"
         sizes = f"{row['held_mib']:>10.2f} {row['peak_held_mib']:>10.2f}"
-        lines.append(f"{name:16} {sizes} {row['time_over_plain']:>5.2f}x  {same}")
+        lines.append(f"{name:22} {sizes} {row['time_over_plain']:>5.2f}x  {same}")
     return "\n".join(lines)
 
 

@@ -2,20 +2,14 @@
 (Law 5).
 """
 
-import ctypes
 import weakref
 
 import torch
-import xxhash
 from torch import Tensor
 
 from offload.handle import Entry
 from offload.stats import Charge, Ledger
 
-_memory_view = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
-    ("PyMemoryView_FromMemory", ctypes.pythonapi)
-)
-_READ_ONLY = 0x100  # PyBUF_READ
 _LEAST_SWEPT = 1024
 """Records of dead storages are dropped when a step begins, and when there are more than so many."""
 
@@ -114,15 +108,3 @@ class ContentIndex:
     @staticmethod
     def _key(digest: bytes, source: Tensor) -> tuple[bytes, int, torch.device]:
         return digest, source.untyped_storage().nbytes(), source.device
-
-
-def digest_of(source: Tensor) -> bytes:
-    """Return the xxh3-128 digest of the whole storage of `source`, 16 bytes.
-
-    Read through a raw buffer: `Tensor.numpy()` would make the storage non-resizable for ever, which breaks
-    FSDP2. A storage on another device is copied to the host first.
-    """
-    storage = source.untyped_storage()
-    if storage.device.type != "cpu":
-        storage = storage.cpu()  # type: ignore[no-untyped-call]
-    return xxhash.xxh3_128_digest(_memory_view(storage.data_ptr(), storage.nbytes(), _READ_ONLY))

@@ -7,3 +7,7 @@ class StoreError(RuntimeError):
 
 class StaleTensorError(StoreError):
     """A tensor kept by reference was changed in place, or its storage shrank, after it was saved (Law 4)."""
+
+
+class RankMismatchError(StoreError):
+    """Ranks do not hold the same bytes where they had agreed to (Law 6)."""

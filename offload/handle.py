@@ -11,8 +11,9 @@ from torch import Tensor
 from offload.codecs.base import Payload
 from offload.errors import StaleTensorError
 from offload.layout import Layout, lay, lay_bytes
+from offload.part import Place
 from offload.patience import Line
-from offload.stats import Charge
+from offload.stats import Charge, Ledger
 
 
 class Content(ABC):
@@ -70,6 +71,7 @@ class Encoded(Content):
     """Bytes of the store's own, as `block_of` took them. Owns payload and charge."""
 
     __slots__ = ("_charge", "_payload", "_start")
+    _charge: Charge
 
     def __init__(self, payload: Payload, *, start: int | None, charge: Charge) -> None:
         self._payload = payload
@@ -79,6 +81,19 @@ class Encoded(Content):
     def open(self, layout: Layout, saver: int) -> Tensor:
         """Decode the payload and lay the tensor on it."""
         return lay_bytes(layout, self._payload.decode(), start=self._start)
+
+    def share(self, place: Place, *, ledger: Ledger) -> bool:
+        """Give up what equal bytes in shared memory can stand for; return whether there are any now."""
+        shared = [part.share(place) for part in self._payload.parts]
+        if any(shared):
+            self._charge = ledger.charge(self._payload.num_bytes)
+        return any(shared)
+
+    def count_holders(self, num_holders: int, *, ledger: Ledger) -> None:
+        """Charge anew for shared bytes that more ranks have come to hold."""
+        for part in self._payload.parts:
+            part.count_holders(num_holders)
+        self._charge = ledger.charge(self._payload.num_bytes)
 
 
 class Entry:

@@ -5,6 +5,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
+from offload.distributed import is_distributed
 from offload.layout import Layout
 
 # A view this much smaller than a large storage (a batch cut from a memory-mapped file, a step of a long
@@ -18,12 +19,13 @@ class Kind(Enum):
 
     PARAMETER = "parameter"
     OPAQUE = "opaque"
+    DISTRIBUTED = "distributed"
     PLAIN = "plain"
 
 
 def kind_of(tensor: Tensor) -> Kind:
-    """Return how `tensor` is treated: a parameter or a view of one, a tensor without plain readable storage,
-    or plain.
+    """Return how `tensor` is treated: a parameter or a view of one, plain, a DTensor around a plain local
+    tensor, or one without plain readable storage.
 
     FSDP frees and refills the storage of its parameters between pack and unpack, so they must never be
     copied.
@@ -34,7 +36,9 @@ def kind_of(tensor: Tensor) -> Kind:
         return Kind.PARAMETER
     if type(tensor) is not Tensor and isinstance(tensor, nn.Parameter):
         return Kind.PARAMETER
-    return Kind.PLAIN if _has_plain_storage(tensor) else Kind.OPAQUE
+    if _has_plain_storage(tensor):
+        return Kind.PLAIN
+    return Kind.DISTRIBUTED if is_distributed(tensor) else Kind.OPAQUE
 
 
 def is_window(layout: Layout, *, storage_bytes: int) -> bool:

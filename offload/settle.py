@@ -20,11 +20,14 @@ from offload.codecs.base import Codec
 from offload.codecs.choose import encode_best
 from offload.codecs.index_list import IndexLists
 from offload.codecs.raw import RawPayload
-from offload.dedupe import ContentIndex, StorageIndex, StorageRecord, digest_of
+from offload.dedupe import ContentIndex, StorageIndex, StorageRecord
+from offload.digest import digest_of
 from offload.handle import Content, Encoded, Entry, Handle, Kept, Reference
 from offload.layout import Layout, block_of, lift
 from offload.patience import Line
 from offload.select import is_window
+from offload.sharding.base import Sharding
+from offload.share import Sharer
 from offload.stats import Charge, Ledger, Row
 
 _BATCH_BYTES = 8 << 20
@@ -47,7 +50,15 @@ class Pending(NamedTuple):
 class Settler:
     """Gives every saved tensor its entry, and every entry its payload."""
 
-    def __init__(self, codecs: Sequence[Codec], *, dedupe: bool, min_bytes: int, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        codecs: Sequence[Codec],
+        *,
+        dedupe: bool,
+        min_bytes: int,
+        sharding: Sharding,
+        ledger: Ledger,
+    ) -> None:
         self._codecs = codecs
         self._dedupe = dedupe
         self._min_bytes = min_bytes
@@ -55,11 +66,13 @@ class Settler:
         self._storages = StorageIndex(ledger)
         self._contents = ContentIndex()
         self._lists = IndexLists(ledger)
+        self._sharer = Sharer(sharding, ledger=ledger)
         self._queue = _Queue()
 
     def begin_step(self) -> None:
-        """Start counting storages and the peak anew."""
+        """Start counting storages and the peak anew, and look which ranks there are."""
         self._storages.begin_step()
+        self._sharer.begin_step()
         self._ledger.reset_peak()
 
     def admit(self, tensor: Tensor, *, row: Row, line: Line) -> tuple[Handle | Kept, int]:
@@ -89,6 +102,7 @@ class Settler:
         reference = Reference(source, num_bytes=record.num_bytes, charge=self._charge(source, record))
         entry = Entry(reference, line=line, digest=digest, follows=follows)
         record.put(entry, source._version)
+        self._sharer.announce(digest)
         new_bytes = self._ledger.charged_bytes - charged_bytes
         sequence = _get_sequence_nr()
         pending = Pending(sequence, weakref.ref(entry), layout, record, row, record.num_bytes, new_bytes)
@@ -104,11 +118,13 @@ class Settler:
         """
         if self._queue.num_bytes > _BATCH_BYTES or len(self._queue.pending) > _BATCH_SAVES:
             self._settle_queue(now=_get_sequence_nr())
+            self._sharer.share()
 
     def settle_all(self) -> None:
         """Settle all that this thread saved. To be called outside any operator."""
         if self._queue.pending:
             self._settle_queue(now=None)
+        self._sharer.share()
 
     def _settle_queue(self, *, now: int | None) -> None:
         queue = self._queue.pending
@@ -149,6 +165,7 @@ class Settler:
             entry.line.reading.learn(won=won)
             own_bytes = self._ledger.charged_bytes - charged_bytes
             pending.row.count(stage, kept_bytes=own_bytes if won else pending.new_bytes)
+        self._sharer.add(entry, layout=pending.layout, record=pending.record, row=pending.row, stage=stage)
 
     def _place(self, entry: Entry, layout: Layout, record: StorageRecord) -> str:
         """Give `entry` bytes of its own where a stage has a reason to, and return the name of the stage."""

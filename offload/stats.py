@@ -106,6 +106,13 @@ class Row:
         self.num_by_stage[stage] = self.num_by_stage.get(stage, 0) + 1
         self.kept_bytes += kept_bytes
 
+    def recount(self, stage: str, *, was: str) -> None:
+        """Book a save that had ended as `was` under another stage."""
+        self.num_by_stage[was] -= 1
+        if not self.num_by_stage[was]:
+            del self.num_by_stage[was]
+        self.count(stage)
+
 
 class Counts:
     """The counts since the outermost enter, by row."""

@@ -14,11 +14,14 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from offload.codecs import DEFAULT_CODECS
 from offload.codecs.base import Codec
+from offload.distributed import Distributed
 from offload.handle import Handle, Kept
 from offload.patience import Line
 from offload.report import report_text
 from offload.select import Kind, kind_of
 from offload.settle import Settler
+from offload.sharding import sharding_of
+from offload.sharding.base import Sharding
 from offload.site import Sites
 from offload.stats import Counts, Ledger, Row, Stats
 
@@ -35,22 +38,39 @@ class SavedTensorStore:
             of its own: what a store that copies each save would hold.
         uniquify: hold tensors of few distinct scalars or rows as a table and a packed index, without losing a
             bit. True takes the default codecs; a sequence of codecs takes those.
+        shard: hold once what several ranks hold alike: True, the name of a policy ("shared-memory"), or a
+            policy of `offload.sharding`. With one rank or no process group it does nothing.
         min_bytes: tensors on smaller storages are kept by reference.
 
     Raises:
         TypeError: `uniquify` holds something that is not a codec.
-        ValueError: `min_bytes` is negative.
+        ValueError: `min_bytes` is negative, `shard` names no policy, or is given without `dedupe`, whose
+            hashes
+            it goes by.
     """
 
     def __init__(
-        self, *, dedupe: bool = True, uniquify: bool | Sequence[Codec] = False, min_bytes: int = 4096
+        self,
+        *,
+        dedupe: bool = True,
+        uniquify: bool | Sequence[Codec] = False,
+        shard: bool | str | Sharding = False,
+        min_bytes: int = 4096,
     ) -> None:
         if min_bytes < 0:
             raise ValueError(f"SavedTensorStore: min_bytes is {min_bytes} bytes; give 0 or more")
+        if shard and not dedupe:
+            raise ValueError(
+                f"SavedTensorStore: shard={shard!r} goes by the hashes of dedupe; drop dedupe=False"
+            )
         self._ledger = Ledger()
         self._counts = Counts()
         self._settler = Settler(
-            _codecs_of(uniquify=uniquify), dedupe=dedupe, min_bytes=min_bytes, ledger=self._ledger
+            _codecs_of(uniquify=uniquify),
+            dedupe=dedupe,
+            min_bytes=min_bytes,
+            sharding=sharding_of(shard=shard),
+            ledger=self._ledger,
         )
         self._sites = Sites()
         self._lines: dict[tuple[tuple[int, int], torch.dtype, bool], Line] = {}
@@ -102,10 +122,12 @@ class SavedTensorStore:
         """Return a table for people: totals, then the lines of code that saved most and what became of it."""
         return report_text(self.stats, self.rows())
 
-    def _pack(self, tensor: Tensor) -> Handle | Kept:
+    def _pack(self, tensor: Tensor) -> Handle | Kept | Distributed:
         with self._lock:
             self._settler.settle_returned()
             kind = kind_of(tensor)
+            if kind is Kind.DISTRIBUTED:
+                return Distributed(tensor, pack_local=self._pack)
             if kind is not Kind.PLAIN:
                 row, _ = self._row_and_line(tensor, is_dense=False)
                 row.count(kind.value)
@@ -132,7 +154,7 @@ class SavedTensorStore:
         found[0].num_saved += 1
         return found
 
-    def _unpack(self, handle: Handle | Kept) -> Tensor:
+    def _unpack(self, handle: Handle | Kept | Distributed) -> Tensor:
         return handle.open()
 
 

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 FROZEN = {
-    "offload": {"SavedTensorStore", "Stats", "StoreError", "StaleTensorError"},
+    "offload": {"RankMismatchError", "SavedTensorStore", "Stats", "StoreError", "StaleTensorError"},
     "edkm": {
         "DKMConfig",
         "Clustering",

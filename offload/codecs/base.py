@@ -9,6 +9,7 @@ from torch import Tensor
 
 from offload.codecs.distinct import Sample, draw_sample
 from offload.codecs.index_list import IndexLists
+from offload.part import Part
 
 _LANES: Mapping[int, torch.dtype] = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
@@ -84,6 +85,13 @@ class Payload(ABC):
     @abstractmethod
     def num_bytes(self) -> int:
         """Bytes that this payload owns alone: tables, indices, headers, padding (Law 7)."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The tensors that may be shared with other ranks that hold them too; none for a payload that keeps
+        its bytes to itself.
+        """
+        return ()
 
     @abstractmethod
     def decode(self) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from offload.codecs.base import Block, Codec, Payload
 from offload.codecs.index_list import IndexLists
+from offload.part import Part
 
 _CASTS: Mapping[int, tuple[tuple[torch.dtype, torch.dtype], ...]] = {
     # Not float64 in float32: how a subnormal is read depends on the reading thread's set_flush_denormal.
@@ -60,17 +61,22 @@ class CastPayload(Payload):
     __slots__ = ("_small", "_wide")
 
     def __init__(self, small: Tensor, wide: torch.dtype) -> None:
-        self._small = small
+        self._small = Part(small)
         self._wide = wide
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the smaller scalars."""
-        return self._small.nbytes
+        return self._small.num_bytes
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The smaller scalars."""
+        return (self._small,)
 
     def decode(self) -> Tensor:
         """Cast them back."""
-        return self._small.to(self._wide).view(torch.uint8)
+        return self._small.read().to(self._wide).view(torch.uint8)
 
 
 def _casts(block: Block) -> Iterator[tuple[torch.dtype, torch.dtype]]:

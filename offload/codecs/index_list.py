@@ -7,24 +7,39 @@ import xxhash
 from torch import Tensor
 
 from offload.codecs.packing import bits_for, pack, packed_bytes, unpack, unpack_at
-from offload.stats import Charge, Ledger
+from offload.part import Part
+from offload.stats import Ledger
 
 _NUM_KEYS_TRIED = 4
 
 
 class IndexList:
     """For each of N rows the number of its distinct row, packed. Owned by the payloads that use it, with its
-    charge.
+    charges.
     """
 
-    __slots__ = ("__weakref__", "_bits", "_charge", "_packed", "first", "num_rows")
+    __slots__ = ("__weakref__", "_bits", "_first", "_packed", "num_rows")
 
-    def __init__(self, packed: Tensor, *, bits: int, num_rows: int, first: Tensor, charge: Charge) -> None:
-        self._packed = packed
+    def __init__(self, packed: Tensor, *, bits: int, num_rows: int, first: Tensor, ledger: Ledger) -> None:
+        self._packed = Part(packed, ledger=ledger)
+        self._first = Part(first, ledger=ledger)
         self._bits = bits
-        self._charge = charge
         self.num_rows = num_rows
-        self.first = first
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The packed list and `first`."""
+        return (self._packed, self._first)
+
+    @property
+    def first(self) -> Tensor:
+        """Where each number stands, int32 `[R]`."""
+        return self._first.read()
+
+    @property
+    def num_distinct(self) -> int:
+        """R, the number of distinct rows."""
+        return len(self._first)
 
     @property
     def device(self) -> torch.device:
@@ -34,15 +49,15 @@ class IndexList:
     @property
     def num_bytes(self) -> int:
         """Bytes of the packed list and of `first`."""
-        return self._packed.nbytes + self.first.nbytes
+        return self._packed.num_bytes + self._first.num_bytes
 
     def numbers(self) -> Tensor:
-        """Return the list, int32 `[num_rows]`, with values below `len(first)`."""
-        return unpack(self._packed, bits=self._bits, num_items=self.num_rows)
+        """Return the list, int32 `[num_rows]`, with values below `num_distinct`."""
+        return unpack(self._packed.read(), bits=self._bits, num_items=self.num_rows)
 
     def numbers_at(self, places: Tensor) -> Tensor:
         """Return the list at `places`, int64 `[S]`, as int32 `[S]`."""
-        return unpack_at(self._packed, places, bits=self._bits, num_items=self.num_rows)
+        return unpack_at(self._packed.read(), places, bits=self._bits, num_items=self.num_rows)
 
 
 class IndexLists:
@@ -66,8 +81,7 @@ class IndexLists:
         key = (xxhash.xxh3_128_digest(packed.cpu().numpy().data), bits, index.numel(), index.device)
         found = self._by_content.get(key)
         if found is None:
-            charge = self._ledger.charge(packed.nbytes + first.nbytes)
-            found = IndexList(packed, bits=bits, num_rows=index.numel(), first=first, charge=charge)
+            found = IndexList(packed, bits=bits, num_rows=index.numel(), first=first, ledger=self._ledger)
             self._by_content[key] = found
         return found
 

@@ -28,7 +28,7 @@ class Keyed(Codec):
         without one.
         """
         sizes = [
-            width * len(index.first)
+            width * index.num_distinct
             for width, index in _candidates(block, lists)
             if _is_small(index, width, limit_bytes, block) and _sample_agrees(block, width, index)
         ]
@@ -65,7 +65,7 @@ def _candidates(block: Block, lists: IndexLists) -> list[tuple[int, IndexList]]:
 
 def _is_small(index: IndexList, width_bytes: int, limit_bytes: int, block: Block) -> bool:
     # The list may outlive the payloads it was made for: with it, too, the block must not grow (Law 7).
-    table_bytes = width_bytes * len(index.first)
+    table_bytes = width_bytes * index.num_distinct
     return table_bytes <= limit_bytes and table_bytes + index.num_bytes <= max(limit_bytes, block.num_bytes)
 
 

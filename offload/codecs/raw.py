@@ -4,6 +4,7 @@ from torch import Tensor
 
 from offload.codecs.base import Block, Codec, Payload
 from offload.codecs.index_list import IndexLists
+from offload.part import Lease, Part
 
 
 class Raw(Codec):
@@ -23,18 +24,23 @@ class Raw(Codec):
 
 
 class RawPayload(Payload):
-    """A copy of a block."""
+    """A copy of a block, or a lease of one in shared memory."""
 
     __slots__ = ("_flat",)
 
-    def __init__(self, flat: Tensor) -> None:
-        self._flat = flat
+    def __init__(self, flat: Tensor, *, lease: Lease | None = None) -> None:
+        self._flat = Part(flat, lease=lease)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the copy."""
-        return self._flat.numel()
+        return self._flat.num_bytes
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The copy."""
+        return (self._flat,)
 
     def decode(self) -> Tensor:
         """Return a copy of the copy: what autograd gets may be written to."""
-        return self._flat.clone()
+        return self._flat.read().clone()

@@ -6,6 +6,7 @@ from torch import Tensor
 from offload.codecs.base import Block, Payload
 from offload.codecs.distinct import Sample, draw_sample, number_rows
 from offload.codecs.index_list import IndexList, IndexLists, list_bytes
+from offload.part import Part
 
 
 class TablePayload(Payload):
@@ -14,17 +15,22 @@ class TablePayload(Payload):
     __slots__ = ("_index", "_table")
 
     def __init__(self, table: Tensor, *, index: IndexList) -> None:
-        self._table = table
+        self._table = Part(table)
         self._index = index
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the table; the list is charged where it is kept."""
-        return self._table.nbytes
+        return self._table.num_bytes
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The table, and the list's."""
+        return (self._table, *self._index.parts)
 
     def decode(self) -> Tensor:
         """Look every row up."""
-        return self._table.index_select(0, self._index.numbers()).view(-1).view(torch.uint8)
+        return self._table.read().index_select(0, self._index.numbers()).view(-1).view(torch.uint8)
 
 
 def estimate_table(block: Block, width_bytes: int, *, limit_bytes: int) -> int | None:

@@ -1,0 +1,60 @@
+"""Which bytes each rank says it holds: a table of digests a rank, in memory that all of a host read.
+
+A digest stands at a place of its own making and may be overwritten by another, or be left from an earlier
+step. Either only means that less is shared, or that bytes are published for nobody: what is adopted is
+hashed.
+"""
+
+import contextlib
+import mmap
+import os
+import secrets
+from pathlib import Path
+
+_NUM_SLOTS = 1 << 14
+_DIGEST_BYTES = 16
+_FILE = "announced-"
+
+
+class Announced:
+    """This rank's table, written here alone, and those of the others in `folder`."""
+
+    def __init__(self, folder: Path, *, rank: int) -> None:
+        self._folder = folder
+        self._own_prefix = f"{_FILE}{rank}."
+        path = folder / f"{self._own_prefix}{secrets.token_hex(4)}"
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(file, 0, _NUM_SLOTS * _DIGEST_BYTES)
+            self._own = mmap.mmap(file, _NUM_SLOTS * _DIGEST_BYTES)
+        finally:
+            os.close(file)
+        self._others: dict[str, mmap.mmap] = {}
+
+    def find_others(self) -> None:
+        """Look for the tables of ranks that came since the last look."""
+        for entry in os.scandir(self._folder):
+            new = entry.name.startswith(_FILE) and entry.name not in self._others
+            if not new or entry.name.startswith(self._own_prefix):
+                continue
+            with contextlib.suppress(OSError, ValueError):  # it is just being made, or gone
+                file = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    table = mmap.mmap(file, _NUM_SLOTS * _DIGEST_BYTES, prot=mmap.PROT_READ)
+                finally:
+                    os.close(file)
+                self._others[entry.name] = table
+
+    def put(self, digest: bytes) -> None:
+        """Announce bytes with this digest."""
+        place = _place(digest)
+        self._own[place : place + _DIGEST_BYTES] = digest
+
+    def num_others(self, digest: bytes) -> int:
+        """Return how many of the others announced this digest."""
+        place = _place(digest)
+        return sum(table[place : place + _DIGEST_BYTES] == digest for table in self._others.values())
+
+
+def _place(digest: bytes) -> int:
+    return int.from_bytes(digest[:4], "little") % _NUM_SLOTS * _DIGEST_BYTES

@@ -1,0 +1,87 @@
+"""The folder in which the ranks of one job and host meet: who lives holds its lock, who dies loses it.
+
+The kernel drops a lock with the process that held it, however it ended, so that no process number is ever
+asked
+about: a folder of which nobody holds the lock is left over, and the next job removes it.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import time
+import weakref
+from pathlib import Path
+
+from offload.errors import StoreError
+
+_PREFIX = "offload-"
+_LOCK = "lock"
+_NUM_TRIED = 100
+_UNLOCKED_SECONDS = 60.0
+
+
+class Folder:
+    """A job's folder, joined. Owns a share of its lock; the last one out removes it."""
+
+    def __init__(self, parent: Path, name: str) -> None:
+        self.path = parent / f"{_PREFIX}{name}"
+        lock = _join(self.path)
+        self._leave = weakref.finalize(self, _leave, self.path, lock, os.getpid())
+
+    def leave(self) -> None:
+        """Give up the lock; also done at the object's end and at the interpreter's."""
+        self._leave()
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Remove the folders of jobs of this user that no living process holds."""
+    for path in parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_uid == os.getuid():
+                _remove_if_free(path)
+
+
+def _join(path: Path) -> int:
+    """Make `path` where it is missing, and return its lock, held."""
+    for _ in range(_NUM_TRIED):
+        with contextlib.suppress(FileNotFoundError):  # somebody removed it between two of these lines
+            path.mkdir(mode=0o700, exist_ok=True)
+            lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if _is_named(lock, path / _LOCK):
+                return lock
+            os.close(lock)
+    raise StoreError(f"joining the ranks of this host failed: {path} is removed as soon as it is made")
+
+
+def _is_named(lock: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _leave(path: Path, lock: int, owner: int) -> None:
+    if os.getpid() != owner:
+        return  # a forked child has the same lock: it is its parent's to give up
+    with contextlib.suppress(OSError):
+        os.close(lock)
+    with contextlib.suppress(OSError):
+        _remove_if_free(path)
+
+
+def _remove_if_free(path: Path) -> None:
+    try:
+        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if time.time() - path.stat().st_mtime > _UNLOCKED_SECONDS:  # not one that is just being made
+            shutil.rmtree(path, ignore_errors=True)
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path, ignore_errors=True)
+    except BlockingIOError:
+        pass  # in use
+    finally:
+        os.close(lock)

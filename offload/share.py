@@ -1,0 +1,112 @@
+"""From a settled entry to bytes that several ranks hold once: tried when entries settle, and at each later
+look.
+"""
+
+import weakref
+from functools import partial
+
+from offload.codecs.raw import RawPayload
+from offload.dedupe import StorageRecord
+from offload.digest import digest_of
+from offload.handle import Encoded, Entry, Reference
+from offload.layout import Layout, block_of
+from offload.sharding.base import Sharding
+from offload.stats import Ledger, Row
+
+_NUM_TRIED = 4
+
+
+class _Settled:
+    """A settled entry, shared among `num_holders` ranks, 0 while its bytes are this rank's own. Weak: the
+    graph's end takes the entry along.
+    """
+
+    __slots__ = ("entry", "layout", "num_holders", "num_tried", "record", "row", "stage")
+
+    def __init__(self, entry: Entry, *, layout: Layout, record: StorageRecord, row: Row, stage: str) -> None:
+        self.entry = weakref.ref(entry)
+        self.layout = layout
+        self.record = record
+        self.row = row
+        self.stage = stage
+        self.num_holders = 0
+        self.num_tried = 0
+
+
+class Sharer:
+    """Gives up this rank's bytes for shared ones wherever another rank announced the same."""
+
+    def __init__(self, sharding: Sharding, *, ledger: Ledger) -> None:
+        self._sharding = sharding
+        self._ledger = ledger
+        self._settled: list[_Settled] = []
+
+    def begin_step(self) -> None:
+        """Join the other ranks; entries of an earlier step that live on are tried no more."""
+        self._sharding.look()
+        self._settled.clear()
+
+    def announce(self, digest: bytes) -> None:
+        """Tell the other ranks what this one saved."""
+        self._sharding.announce(digest)
+
+    def add(self, entry: Entry, *, layout: Layout, record: StorageRecord, row: Row, stage: str) -> None:
+        """Take an entry that has settled as `stage`."""
+        if stage != "content" and not entry.follows and self._sharding.is_joined:
+            self._settled.append(_Settled(entry, layout=layout, record=record, row=row, stage=stage))
+
+    def share(self) -> None:
+        """Try all entries whose bytes are this rank's own, and count who holds the others."""
+        if self._settled:
+            self._sharding.look()
+            self._settled = [each for each in self._settled if self._is_worth_another_try(each)]
+
+    def _is_worth_another_try(self, local: _Settled) -> bool:
+        entry = local.entry()
+        if entry is None or entry.digest is None:
+            return False
+        num_holders = self._sharding.num_holders(entry.digest)
+        if local.num_holders:
+            self._count_holders(entry, local, num_holders)
+            return True
+        # Where the last save of this instruction was shared, this one is published for those who come later.
+        if num_holders < 2 and not entry.line.is_shared:
+            return True
+        if self._share(entry, local, num_holders):
+            local.num_holders = num_holders
+            entry.line.is_shared = num_holders > 1
+            entry.line.reading.learn(won=True)
+            local.row.recount("shared", was=local.stage)
+            return True
+        local.num_tried += 1
+        return local.num_tried < _NUM_TRIED
+
+    def _count_holders(self, entry: Entry, local: _Settled, num_holders: int) -> None:
+        """Charge this rank's part anew when more ranks have come to hold the same."""
+        if num_holders > local.num_holders and isinstance(entry.content, Encoded):
+            local.num_holders = num_holders
+            entry.line.is_shared = True
+            entry.content.count_holders(num_holders, ledger=self._ledger)
+
+    def _share(self, entry: Entry, local: _Settled, num_holders: int) -> bool:
+        if isinstance(entry.content, Reference):
+            return self._share_reference(entry, entry.content, local, num_holders)
+        place = partial(self._sharding.place, num_holders=num_holders)
+        return isinstance(entry.content, Encoded) and entry.content.share(place, ledger=self._ledger)
+
+    def _share_reference(self, entry: Entry, reference: Reference, local: _Settled, num_holders: int) -> bool:
+        source = reference.source
+        if reference.is_stale or digest_of(source) != entry.digest:
+            local.num_tried = _NUM_TRIED
+            return False
+        block, start = block_of(source, local.layout, whole_storage=True)
+        placed = self._sharding.place(block.flat, num_holders=num_holders)
+        if placed is None:
+            return False
+        shared, lease = placed
+        if lease.digest != entry.digest:
+            return False  # another thread wrote while it was copied
+        payload = RawPayload(shared, lease=lease)
+        entry.content = Encoded(payload, start=start, charge=self._ledger.charge(payload.num_bytes))
+        local.record.copied_version = source._version
+        return True

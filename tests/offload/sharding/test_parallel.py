@@ -1,0 +1,94 @@
+"""DDP, FSDP2 and tensor parallel under a store that shares: gradients as without one."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.checkpoint import checkpoint
+
+from bench.ranks import run_ranks
+from offload import SavedTensorStore
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(nn.functional.gelu(self.first(x)))
+
+
+def ddp(model: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def fsdp(model: nn.Module) -> nn.Module:
+    return fully_shard(model)
+
+
+def tensor_parallel(model: nn.Module) -> nn.Module:
+    plan = {"first": ColwiseParallel(), "second": RowwiseParallel()}
+    return parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+
+
+WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "ddp": ddp,
+    "fsdp": fsdp,
+    "tensor_parallel": tensor_parallel,
+}
+
+
+def gradients(
+    name: str, store: SavedTensorStore | None, *, seed: int, autocast: bool, recompute: bool
+) -> list[Tensor]:
+    """Return the local gradients after three steps, two of them accumulated."""
+    torch.manual_seed(0)
+    model = WRAPS[name](Net())
+    torch.manual_seed(seed)
+    for number in range(3):
+        x = torch.randn(64, 64)
+        if number == 0:
+            model.zero_grad()
+
+        def forward(x: Tensor = x) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                hidden = checkpoint(model, x, use_reentrant=False) if recompute else model(x)
+                return hidden.square().sum()
+
+        if store is None:
+            loss = forward()
+        else:
+            with store:
+                loss = forward()
+            dist.barrier()
+            store.report()
+        loss.backward()
+    return [
+        getattr(parameter.grad, "to_local", lambda parameter=parameter: parameter.grad)()
+        for parameter in model.parameters()
+    ]
+
+
+def compare(rank: int, name: str) -> None:
+    for autocast in (False, True):
+        for recompute in (False, True):
+            store = SavedTensorStore(shard=True, uniquify=True, min_bytes=0)
+            seed = 1 if name == "tensor_parallel" else rank
+            options = {"seed": seed, "autocast": autocast, "recompute": recompute}
+            plain = gradients(name, None, **options)
+            ours = gradients(name, store, **options)
+            assert all(map(torch.equal, plain, ours)), options
+            assert store.stats.held_bytes == 0
+            if not recompute and (autocast or name == "tensor_parallel"):
+                assert store.stats.num_by_stage.get("shared", 0) > 0, store.report()
+
+
+@pytest.mark.parametrize("name", WRAPS)
+def test_gradients_are_those_of_the_run_without_a_store(name: str) -> None:
+    run_ranks(f"{__name__}:compare", name, num_ranks=2)
