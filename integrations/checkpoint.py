@@ -32,7 +32,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, *, settings: Mapping[str, Any], num_kept: int) -> None:
-        self._directory = directory
+        self.directory = directory
         self._settings = dict(settings)
         self._num_kept = num_kept
 
@@ -49,15 +49,15 @@ class Checkpoints:
         Raises:
             CommandError: it cannot be written; earlier checkpoints stay as they are.
         """
-        final = self._directory / f"step-{step:08d}"
-        partial = self._directory / f"{_PARTIAL}{final.name}"
+        final = self.directory / f"step-{step:08d}"
+        partial = self.directory / f"{_PARTIAL}{final.name}"
         try:
             if not final.exists():
                 shutil.rmtree(partial, ignore_errors=True)
                 self._write({**state, "random": _random_state()}, partial)
                 partial.rename(final)
-            _write_synced(self._directory / f"{_PARTIAL}{_LAST}", {"checkpoint": final.name})
-            (self._directory / f"{_PARTIAL}{_LAST}").replace(self._directory / _LAST)
+            _write_synced(self.directory / f"{_PARTIAL}{_LAST}", {"checkpoint": final.name})
+            (self.directory / f"{_PARTIAL}{_LAST}").replace(self.directory / _LAST)
         except (OSError, RuntimeError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise CommandError(
@@ -72,15 +72,15 @@ class Checkpoints:
         Raises:
             CommandError: it was made with other settings, or is damaged.
         """
-        if not (self._directory / _LAST).is_file():
+        if not (self.directory / _LAST).is_file():
             return None
         try:
-            last = self._directory / json.loads((self._directory / _LAST).read_text())["checkpoint"]
+            last = self.directory / json.loads((self.directory / _LAST).read_text())["checkpoint"]
             saved = json.loads((last / _SETTINGS).read_text())
             state: dict[str, Any] = torch.load(last / _STATE, map_location="cpu", weights_only=True)
         except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise CommandError(
-                f"the last checkpoint in {self._directory} cannot be read ({error}): "
+                f"the last checkpoint in {self.directory} cannot be read ({error}): "
                 f"name an older one in its {_LAST}, or begin anew with another --output"
             ) from error
         self._require_same(saved, last)
@@ -104,10 +104,10 @@ class Checkpoints:
         _write_synced(partial / _SETTINGS, self._settings)
 
     def _prune(self, latest: Path) -> None:
-        complete = sorted(path for path in self._directory.glob("step-*") if path != latest)
+        complete = sorted(path for path in self.directory.glob("step-*") if path != latest)
         for path in [
             *complete[: max(0, len(complete) + 1 - self._num_kept)],
-            *self._directory.glob(f"{_PARTIAL}*"),
+            *self.directory.glob(f"{_PARTIAL}*"),
         ]:
             shutil.rmtree(path, ignore_errors=True)
 

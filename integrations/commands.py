@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error)
     except KeyboardInterrupt:
         return _fail("interrupted", exit_code=130)
-    print(json.dumps(result) if options.json else options.show(result))
+    if os.environ.get("RANK", "0") == "0":  # the others of a torchrun job have the same result
+        print(json.dumps(result) if options.json else options.show(result))
     return 0
 
 

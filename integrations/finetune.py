@@ -19,8 +19,9 @@ from integrations.directory import disk_bytes, made_early, require_vacant
 from integrations.errors import CommandError, told_as_command_error
 from integrations.evaluate import held_out_loss
 from integrations.palettized import write_dense, write_palettized
+from integrations.ranks import Ranks, joined_ranks
 from integrations.recipe import Destination, Recipe
-from integrations.text import Reading, Tokenizer, read_training_text
+from integrations.text import Reading, read_training_text
 from integrations.train import Schedule, Training, Weights, train
 from integrations.transformers import load_dense, load_tokenizer, model_context, require_model
 
@@ -42,25 +43,36 @@ def finetune(recipe: Recipe, destination: Destination) -> dict[str, Any]:
         CommandError: the input is bad, the loss is not finite, or the output cannot be written.
         InterruptedRunError: Ctrl-C or SIGTERM came and a checkpoint was written.
     """
-    began = time.monotonic()
     _config(recipe)
-    _require_destination(destination)
     require_model(recipe.model)
-    with made_early(destination.output):
-        context = recipe.max_tokens(model_context(recipe.model))
-        tokenizer = load_tokenizer(recipe.model)
-        reading = _read(recipe, tokenizer, context=context)
-        corpus, held_out = reading.corpus.hold_out(_MAX_HELD_OUT_ROWS)
-        model = _load(recipe)
-        loss_dense = held_out_loss(model, held_out)
-        weights = _weights(model, recipe)
-        training = _training(model, weights, corpus=corpus, recipe=recipe)
-        notes = _train(training, recipe=recipe, destination=destination, held_out=held_out)
-        after = training.held_out_losses(held_out)
-        num_dead = sum(weights.num_dead_centroids().values())
+    with joined_ranks(recipe.device) as ranks:
+        if ranks.is_first:
+            _require_destination(destination)
+        ranks.wait()
+        with made_early(destination.output):
+            return _finetune(recipe, destination=destination, ranks=ranks)
+
+
+def _finetune(recipe: Recipe, *, destination: Destination, ranks: Ranks) -> dict[str, Any]:
+    began = time.monotonic()
+    context = recipe.max_tokens(model_context(recipe.model))
+    tokenizer = load_tokenizer(recipe.model)
+    reading = read_training_text(recipe.data, tokenizer, context=context, separator=recipe.separator)
+    if ranks.is_first:
+        _tell_cuts(reading, context=context)
+    corpus, held_out = reading.corpus.hold_out(_MAX_HELD_OUT_ROWS)
+    model = _load(recipe)
+    loss_dense = held_out_loss(model, held_out)
+    weights = _weights(model, recipe)
+    training = _training(model, weights, corpus=corpus, recipe=recipe, ranks=ranks)
+    notes = _train(training, recipe=recipe, destination=destination, held_out=held_out)
+    after = training.held_out_losses(held_out)
+    num_dead = sum(weights.num_dead_centroids().values())
+    if ranks.is_first:
         write = write_dense if recipe.dense else write_palettized
         write(model, tokenizer=tokenizer, directory=destination.output)
-    _warn_of_gap(after)
+        _warn_of_gap(after)
+    ranks.wait()
     return {
         "output": str(destination.output),
         "bits": None if recipe.dense else recipe.bits,
@@ -84,15 +96,13 @@ def _require_destination(destination: Destination) -> None:
         raise CommandError(f"{destination.output} is finished: there is nothing to resume")
 
 
-def _read(recipe: Recipe, tokenizer: Tokenizer, *, context: int) -> Reading:
-    reading = read_training_text(recipe.data, tokenizer, context=context, separator=recipe.separator)
+def _tell_cuts(reading: Reading, *, context: int) -> None:
     if reading.num_truncated or reading.num_dropped:
         print(
             f"edkm: of {reading.num_rows} rows {reading.num_truncated} are cut off at {context} tokens "
             f"and {reading.num_dropped} have nothing to learn from within them",
             file=sys.stderr,
         )
-    return reading
 
 
 def _counts(reading: Reading, held_out: Sequence[Row]) -> dict[str, int]:
@@ -123,12 +133,15 @@ def _weights(model: nn.Module, recipe: Recipe) -> Weights:
         return cluster(model, _config(recipe))
 
 
-def _training(model: nn.Module, weights: Weights, *, corpus: Corpus, recipe: Recipe) -> Training:
+def _training(
+    model: nn.Module, weights: Weights, *, corpus: Corpus, recipe: Recipe, ranks: Ranks
+) -> Training:
     return Training(
         model,
         weights,
         sampler=Sampler(corpus, batch_size=recipe.batch_size, seed=recipe.seed),
         schedule=Schedule(recipe.steps, recipe.learning_rate, num_accumulated=recipe.accumulate),
+        ranks=ranks,
     )
 
 

@@ -20,6 +20,7 @@ from integrations.errors import CommandError, InterruptedRunError
 from integrations.evaluate import held_out_loss
 from integrations.loss import num_targets, summed_loss
 from integrations.optimizer import MasterAdamW, cosine_factor
+from integrations.ranks import Ranks
 from offload import SavedTensorStore
 
 _MAX_NORM = 1.0
@@ -86,15 +87,19 @@ class Training:
         weights: what of it is trained.
         sampler: where the batches come from.
         schedule: how long and how fast.
+        ranks: who shares the work; every rank has the same model and sampler.
     """
 
-    def __init__(self, model: nn.Module, weights: Weights, *, sampler: Sampler, schedule: Schedule) -> None:
+    def __init__(
+        self, model: nn.Module, weights: Weights, *, sampler: Sampler, schedule: Schedule, ranks: Ranks
+    ) -> None:
+        self.ranks = ranks
         self._model = model
         self._weights = weights
         self._sampler = sampler
         self._schedule = schedule
         self._optimizer = MasterAdamW(weights.parameter_groups(schedule.learning_rate))
-        self._store = SavedTensorStore(uniquify=True)
+        self._store = SavedTensorStore(uniquify=True, shard=True)
         self.num_done = 0
 
     def step(self) -> StepRecord:
@@ -107,9 +112,10 @@ class Training:
         num_tokens = max(1, sum(num_targets(batch) for batch in batches))
         self._model.train()
         records = [self._backward(batch, num_tokens=num_tokens) for batch in batches]
-        loss = sum(record.loss for record in records)
+        loss = self.ranks.sum(sum(record.loss for record in records))
         if not math.isfinite(loss):
             raise CommandError(f"the loss is {loss} at step {self.num_done + 1}: lower --learning-rate")
+        self.ranks.sum_gradients(self._model.parameters())
         self._weights.clip_grad_norm_(_MAX_NORM)
         self._optimizer.step(self._factor())
         self._weights.step()
@@ -144,8 +150,9 @@ class Training:
         self.num_done = state["num_done"]
 
     def _backward(self, batch: Sequence[Row], *, num_tokens: int) -> StepRecord:
+        rows, weight = self.ranks.share_of(batch)
         with self._store as store:
-            loss = summed_loss(self._model, batch) / num_tokens
+            loss = summed_loss(self._model, rows) * weight / num_tokens
             loss.backward()  # type: ignore[no-untyped-call]
         stats = store.stats
         return StepRecord(float(loss.detach()), stats.saved_bytes, stats.peak_held_bytes)
@@ -170,14 +177,15 @@ def train(
     Raises:
         InterruptedRunError: Ctrl-C or SIGTERM came; the step was finished and a checkpoint written.
     """
-    with _signals() as seen, _bar(num_steps, training.num_done) as bar:
+    ranks = training.ranks
+    with _signals() as seen, _bar(num_steps, training.num_done, is_shown=ranks.is_first) as bar:
         while True:
-            if seen:
-                path = checkpoints.save({**training.state_dict(), "notes": notes}, step=training.num_done)
+            if signalled := ranks.largest(seen[0] if seen else 0):
+                _save(training, checkpoints, notes=notes)
                 raise InterruptedRunError(
-                    f"interrupted after step {training.num_done} of {num_steps}, checkpoint in {path}: "
-                    "the same command with --resume goes on",
-                    exit_code=128 + seen[0],
+                    f"interrupted after step {training.num_done} of {num_steps}, checkpoint in "
+                    f"{checkpoints.directory}: the same command with --resume goes on",
+                    exit_code=128 + signalled,
                 )
             if training.num_done >= num_steps:
                 return
@@ -191,11 +199,25 @@ def train(
             )
             bar.update()
             if interval and (training.num_done % interval == 0 or training.num_done == num_steps):
-                checkpoints.save({**training.state_dict(), "notes": notes}, step=training.num_done)
+                _save(training, checkpoints, notes=notes)
 
 
-def _bar(num_steps: int, num_done: int) -> tqdm[NoReturn]:
-    return tqdm(total=num_steps, initial=num_done, unit="step", mininterval=0.5, file=sys.stderr)
+def _save(training: Training, checkpoints: Checkpoints, *, notes: dict[str, Any]) -> None:
+    """Write a checkpoint on the first rank, whose state is every rank's; the others wait for it."""
+    if training.ranks.is_first:
+        checkpoints.save({**training.state_dict(), "notes": notes}, step=training.num_done)
+    training.ranks.wait()
+
+
+def _bar(num_steps: int, num_done: int, *, is_shown: bool) -> tqdm[NoReturn]:
+    return tqdm(
+        total=num_steps,
+        initial=num_done,
+        unit="step",
+        mininterval=0.5,
+        file=sys.stderr,
+        disable=not is_shown,
+    )
 
 
 @contextmanager

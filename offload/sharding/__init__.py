@@ -1,6 +1,7 @@
 """One policy a file; `base.py` has the contract. A new policy is a new file and a name in `POLICIES`."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from offload.sharding.base import Sharding
 from offload.sharding.local import Local
@@ -20,7 +21,7 @@ def sharding_of(*, shard: bool | str | Sharding) -> Sharding:
     if isinstance(shard, Sharding):
         return shard
     if isinstance(shard, bool):
-        return _shared_memory() if shard else Local()
+        return _shared_memory() if shard and Path("/dev/shm").is_dir() else Local()
     if shard not in POLICIES:
         names = ", ".join(map(repr, POLICIES))
         raise ValueError(f"SavedTensorStore: shard is {shard!r}; give True, False, {names} or a Sharding")

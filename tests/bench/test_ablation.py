@@ -1,6 +1,8 @@
 """The reference graph saves what the paper's table says, and the store holds what each stage leaves."""
 
-from bench.ablation import measure
+import pytest
+
+from bench.ablation import measure, measure_ranks
 
 
 def test_the_table_at_a_small_size() -> None:
@@ -14,3 +16,16 @@ def test_the_table_at_a_small_size() -> None:
     assert rows["dedupe"]["held_mib"] <= 769 * scale
     assert rows["dedupe+uniquify"]["held_mib"] < rows["dedupe"]["held_mib"] / 4
     assert all(row["bit_identical"] and row["held_after_backward_bytes"] == 0 for row in rows.values())
+
+
+def test_two_ranks_hold_a_half_each() -> None:
+    scale = (256 / 4096) ** 2
+    rows = measure_ranks(256, num_ranks=2, num_rounds=1)["rows"]
+    assert rows["dedupe+shard"]["held_mib"] <= 400 * scale
+    assert rows["dedupe+shard"]["group_held_mib"] <= 800 * scale
+    assert all(row["bit_identical"] and row["held_after_backward_bytes"] == 0 for row in rows.values())
+
+
+def test_what_does_not_fit_is_refused_before_it_starts() -> None:
+    with pytest.raises(SystemExit, match="64 ranks at 65536 x 65536 need about"):
+        measure_ranks(65536, num_ranks=64, num_rounds=1)

@@ -12,6 +12,7 @@ from integrations.checkpoint import Checkpoints
 from integrations.corpus import Row, RowCorpus, Sampler
 from integrations.dense import DenseWeights
 from integrations.errors import CommandError, InterruptedRunError
+from integrations.ranks import Ranks
 from integrations.train import Schedule, Training, train
 from integrations.transformers import load_dense
 
@@ -31,6 +32,7 @@ def training(model: Path, *, batch_size: int = 4, num_accumulated: int = 1) -> t
         DenseWeights(loaded),
         sampler=Sampler(corpus(), batch_size=batch_size, seed=0),
         schedule=Schedule(NUM_STEPS, learning_rate=0.01, num_accumulated=num_accumulated),
+        ranks=Ranks(),
     )
 
 
@@ -131,6 +133,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
         Interrupting(DenseWeights(model), at=2, number=number),
         sampler=Sampler(corpus(), batch_size=4, seed=0),
         schedule=Schedule(NUM_STEPS, learning_rate=0.01),
+        ranks=Ranks(),
     )
     handler = signal.getsignal(number)
     with pytest.raises(

@@ -1,0 +1,89 @@
+"""The ranks of a `torchrun` job that train one model together, each on its share of every batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from integrations.errors import told_as_command_error
+
+_Item = TypeVar("_Item")
+
+
+class Ranks:
+    """This rank among the others; one rank alone where no process group was joined."""
+
+    def __init__(self) -> None:
+        joined = dist.is_available() and dist.is_initialized()
+        self._rank = dist.get_rank() if joined else 0
+        self._num_ranks = dist.get_world_size() if joined else 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes and prints for all."""
+        return self._rank == 0
+
+    def share_of(self, batch: Sequence[_Item]) -> tuple[Sequence[_Item], float]:
+        """This rank's rows of a batch that all ranks have drawn alike, and the weight of their loss.
+
+        A rank that a short batch leaves without rows takes one at weight 0: its gradients are zeros then, and
+        not missing.
+        """
+        share = batch[self._rank :: self._num_ranks]
+        return (share, 1.0) if share else (batch[:1], 0.0)
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Add the gradients of all ranks up, in place; each rank comes to hold the same bits."""
+        if self._num_ranks > 1:
+            gradients = [each.grad for each in parameters if each.grad is not None]
+            for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+                work.wait()
+
+    def sum(self, value: float) -> float:
+        """The sum of a number over all ranks."""
+        if self._num_ranks == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(total)
+        return float(total)
+
+    def largest(self, value: int) -> int:
+        """The largest of a whole number over all ranks."""
+        if self._num_ranks == 1:
+            return value
+        largest = torch.tensor(value)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
+
+    def wait(self) -> None:
+        """Wait until every rank is here."""
+        if self._num_ranks > 1:
+            dist.barrier()
+
+
+@contextmanager
+def joined_ranks(device: str) -> Iterator[Ranks]:
+    """Join the other ranks where `torchrun` started this process; leave them at the end.
+
+    Arguments:
+        device: "cuda" takes the one of this rank's number on its host.
+
+    Raises:
+        CommandError: the ranks cannot meet.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        yield Ranks()
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    with told_as_command_error(RuntimeError, ValueError):
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    try:
+        yield Ranks()
+    finally:
+        dist.destroy_process_group()
