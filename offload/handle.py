@@ -82,12 +82,14 @@ class Encoded(Content):
         """Decode the payload and lay the tensor on it."""
         return lay_bytes(layout, self._payload.decode(), start=self._start)
 
-    def share(self, place: Place, *, ledger: Ledger) -> bool:
-        """Give up what equal bytes in shared memory can stand for; return whether there are any now."""
+    def share(self, place: Place, *, ledger: Ledger) -> tuple[int, int]:
+        """Give up what equal bytes in shared memory can stand for; return how many tensors of the payload lie
+        there now, and how many do not.
+        """
         shared = [part.share(place) for part in self._payload.parts]
         if any(shared):
             self._charge = ledger.charge(self._payload.num_bytes)
-        return any(shared)
+        return sum(shared), len(shared) - sum(shared)
 
     def count_holders(self, num_holders: int, *, ledger: Ledger) -> None:
         """Charge anew for shared bytes that more ranks have come to hold."""

@@ -21,7 +21,7 @@ class _Settled:
     graph's end takes the entry along.
     """
 
-    __slots__ = ("entry", "layout", "num_holders", "num_tried", "record", "row", "stage")
+    __slots__ = ("entry", "is_done", "layout", "num_holders", "num_tried", "record", "row", "stage")
 
     def __init__(self, entry: Entry, *, layout: Layout, record: StorageRecord, row: Row, stage: str) -> None:
         self.entry = weakref.ref(entry)
@@ -31,6 +31,7 @@ class _Settled:
         self.stage = stage
         self.num_holders = 0
         self.num_tried = 0
+        self.is_done = False
 
 
 class Sharer:
@@ -68,18 +69,10 @@ class Sharer:
         num_holders = self._sharding.num_holders(entry.digest)
         if local.num_holders:
             self._count_holders(entry, local, num_holders)
-            return True
         # Where the last save of this instruction was shared, this one is published for those who come later.
-        if num_holders < 2 and not entry.line.is_shared:
-            return True
-        if self._share(entry, local, num_holders):
-            local.num_holders = num_holders
-            entry.line.is_shared = num_holders > 1
-            entry.line.reading.learn(won=True)
-            local.row.recount("shared", was=local.stage)
-            return True
-        local.num_tried += 1
-        return local.num_tried < _NUM_TRIED
+        if not local.is_done and (num_holders > 1 or entry.line.is_shared):
+            self._share(entry, local, num_holders)
+        return local.num_holders > 0 or not local.is_done
 
     def _count_holders(self, entry: Entry, local: _Settled, num_holders: int) -> None:
         """Charge this rank's part anew when more ranks have come to hold the same."""
@@ -88,25 +81,34 @@ class Sharer:
             entry.line.is_shared = True
             entry.content.count_holders(num_holders, ledger=self._ledger)
 
-    def _share(self, entry: Entry, local: _Settled, num_holders: int) -> bool:
+    def _share(self, entry: Entry, local: _Settled, num_holders: int) -> None:
+        """Try once; a part that another rank is just publishing is there at a later try."""
+        local.num_tried += 1
         if isinstance(entry.content, Reference):
-            return self._share_reference(entry, entry.content, local, num_holders)
-        place = partial(self._sharding.place, num_holders=num_holders)
-        return isinstance(entry.content, Encoded) and entry.content.share(place, ledger=self._ledger)
+            num_shared, num_left = self._share_reference(entry, entry.content, local, num_holders)
+        elif isinstance(entry.content, Encoded):
+            place = partial(self._sharding.place, num_holders=num_holders)
+            num_shared, num_left = entry.content.share(place, ledger=self._ledger)
+        else:
+            num_shared, num_left = 0, 0
+        local.is_done = num_left == 0 or local.num_tried >= _NUM_TRIED
+        if num_shared and not local.num_holders:
+            local.num_holders = num_holders
+            entry.line.is_shared = num_holders > 1
+            entry.line.reading.learn(won=True)
+            local.row.recount("shared", was=local.stage)
 
-    def _share_reference(self, entry: Entry, reference: Reference, local: _Settled, num_holders: int) -> bool:
+    def _share_reference(
+        self, entry: Entry, reference: Reference, local: _Settled, num_holders: int
+    ) -> tuple[int, int]:
         source = reference.source
         if reference.is_stale or digest_of(source) != entry.digest:
-            local.num_tried = _NUM_TRIED
-            return False
+            return 0, 0
         block, start = block_of(source, local.layout, whole_storage=True)
         placed = self._sharding.place(block.flat, num_holders=num_holders)
-        if placed is None:
-            return False
-        shared, lease = placed
-        if lease.digest != entry.digest:
-            return False  # another thread wrote while it was copied
-        payload = RawPayload(shared, lease=lease)
+        if placed is None or placed[1].digest != entry.digest:  # another thread wrote while it was copied
+            return 0, 1
+        payload = RawPayload(placed[0], lease=placed[1])
         entry.content = Encoded(payload, start=start, charge=self._ledger.charge(payload.num_bytes))
         local.record.copied_version = source._version
-        return True
+        return 1, 0

@@ -33,7 +33,7 @@ class Announced:
 
     def find_others(self) -> None:
         """Look for the tables of ranks that came since the last look."""
-        for entry in os.scandir(self._folder):
+        for entry in self._files():
             new = entry.name.startswith(_FILE) and entry.name not in self._others
             if not new or entry.name.startswith(self._own_prefix):
                 continue
@@ -44,6 +44,12 @@ class Announced:
                 finally:
                     os.close(file)
                 self._others[entry.name] = table
+
+    def _files(self) -> list["os.DirEntry[str]"]:
+        try:
+            return list(os.scandir(self._folder))
+        except OSError:  # somebody removed the folder: nothing new comes, what is mapped stays
+            return []
 
     def put(self, digest: bytes) -> None:
         """Announce bytes with this digest."""

@@ -26,8 +26,10 @@ class Folder:
 
     def __init__(self, parent: Path, name: str) -> None:
         self.path = parent / f"{_PREFIX}{name}"
+        self.owner = os.getpid()
+        """The process that joined; a forked child leaves the files alone."""
         lock = _join(self.path)
-        self._leave = weakref.finalize(self, _leave, self.path, lock, os.getpid())
+        self._leave = weakref.finalize(self, _leave, self.path, lock, self.owner)
 
     def leave(self) -> None:
         """Give up the lock; also done at the object's end and at the interpreter's."""

@@ -126,7 +126,7 @@ class _FileLease(Lease):
             )
 
     def __del__(self) -> None:
-        if self._path is not None:
+        if self._path is not None and os.getpid() == self._folder.owner:
             with contextlib.suppress(OSError):
                 self._path.unlink()
 

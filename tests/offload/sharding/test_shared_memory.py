@@ -2,6 +2,8 @@
 
 import os
 import signal
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,26 +16,27 @@ from offload import RankMismatchError, SavedTensorStore
 from offload.sharding import shared_memory
 from offload.sharding.shared_memory import SharedMemory
 
-DIRECTORY = Path("/dev/shm")
 MIB = 1 << 20
 
-pytestmark = pytest.mark.skipif(not DIRECTORY.is_dir(), reason="no file system in memory at /dev/shm")
+pytestmark = pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no file system in memory at /dev/shm")
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_left() -> None:
-    before = set(DIRECTORY.glob("offload-*"))
-    yield
-    assert set(DIRECTORY.glob("offload-*")) <= before
+@pytest.fixture
+def memory() -> Iterator[str]:
+    """Yield a folder of the test's own in memory, in which nothing may be left."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield folder
+        shared_memory.remove_abandoned(Path(folder))
+        assert list(Path(folder).iterdir()) == []
 
 
-def files() -> list[str]:
-    return [
-        path.name
-        for folder in DIRECTORY.glob("offload-*")
-        for path in folder.iterdir()
-        if len(path.name) == 32
-    ]
+def files(memory: str) -> list[Path]:
+    """Return what is published."""
+    return [path for job in Path(memory).iterdir() for path in job.iterdir() if len(path.name) == 32]
+
+
+def sharing(memory: str, *, uniquify: bool = False) -> SavedTensorStore:
+    return SavedTensorStore(shard=SharedMemory(directory=memory), uniquify=uniquify)
 
 
 def saving(values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -68,9 +71,9 @@ def step(store: SavedTensorStore, values: list[Tensor]) -> None:
 # What the ranks run. Each prints nothing where all is right.
 
 
-def replicated(rank: int) -> None:
+def replicated(rank: int, memory: str) -> None:
     for uniquify in (False, True):
-        store = SavedTensorStore(shard=True, uniquify=uniquify)
+        store = sharing(memory, uniquify=uniquify)
         for number in range(3):
             values = [
                 *equal_values(3, seed=number),
@@ -87,26 +90,26 @@ def replicated(rank: int) -> None:
             others = 2 * MIB if not uniquify else 64 << 10
             assert stats.held_bytes <= 3 * MIB // 2 + others // 2, (number, stats)
             assert stats.num_by_stage["shared"] >= 3
-            assert files()
+            assert files(memory)
             loss.backward(retain_graph=True)
             check(weights, values)
             loss.backward()
             del loss
             assert store.stats.held_bytes == 0
             dist.barrier()
-            assert files() == []
+            assert files(memory) == []
 
 
-def differing(rank: int) -> None:
-    store = SavedTensorStore(shard="shared-memory")
+def differing(rank: int, memory: str) -> None:
+    store = sharing(memory)
     for number in range(3):
         step(store, equal_values(4, seed=100 * rank + number))
         assert "shared" not in store.stats.num_by_stage
-    assert files() == []
+    assert files(memory) == []
 
 
-def disordered(rank: int) -> None:
-    store = SavedTensorStore(shard=True)
+def disordered(rank: int, memory: str) -> None:
+    store = sharing(memory)
     for number in range(3):
         values = equal_values(6, seed=number)
         order = torch.randperm(6, generator=torch.Generator().manual_seed(rank + 10 * number))
@@ -121,16 +124,16 @@ def failing_forward(store: SavedTensorStore) -> None:
         raise ZeroDivisionError
 
 
-def alone(rank: int) -> None:
+def alone(rank: int, memory: str) -> None:
     """Only rank 0 enters; then all enter and only rank 0 runs backward; then forward raises."""
     if rank == 0:
-        store = SavedTensorStore(shard=True)
+        store = sharing(memory)
         with store:
             weights, loss = saving([value.clone() for value in equal_values(3, seed=0)])
         loss.backward()
         check(weights, equal_values(3, seed=0))
     dist.barrier()
-    store = SavedTensorStore(shard=True)
+    store = sharing(memory)
     with store:
         weights, loss = saving([value.clone() for value in equal_values(3, seed=1)])
     dist.barrier()
@@ -147,8 +150,8 @@ def alone(rank: int) -> None:
     assert store.stats.held_bytes == 0
 
 
-def killed(rank: int, moment: str) -> None:
-    store = SavedTensorStore(shard=True)
+def killed(rank: int, memory: str, moment: str) -> None:
+    store = sharing(memory)
     values = equal_values(4, seed=3)
     step(store, values)
     if rank == 1 and moment == "publish":
@@ -168,8 +171,8 @@ def killed(rank: int, moment: str) -> None:
     os._exit(0)  # the group is broken: its end would wait for the dead
 
 
-def corrupted(rank: int) -> None:
-    store = SavedTensorStore(shard=True)
+def corrupted(rank: int, memory: str) -> None:
+    store = sharing(memory)
     with store:
         _, loss = saving([value.clone() for value in equal_values(1, seed=4)])
     dist.barrier()
@@ -177,12 +180,7 @@ def corrupted(rank: int) -> None:
     dist.barrier()
     store.report()
     if rank == 0:
-        (path,) = [
-            path
-            for folder in DIRECTORY.glob("offload-*")
-            for path in folder.iterdir()
-            if len(path.name) == 32
-        ]
+        (path,) = files(memory)
         with path.open("r+b") as file:
             file.seek(1000)
             file.write(b"x")
@@ -199,33 +197,32 @@ def full(rank: int, directory: str) -> None:
     assert store.stats.num_by_stage.get("shared", 0) == 1
 
 
-def grouped(rank: int) -> None:
+def grouped(rank: int, memory: str) -> None:
     """Ranks 0 and 1 hold one value, rank 2 another; a group of one shares nothing."""
     groups = [dist.new_group([0, 1]), dist.new_group([2])]
-    store = SavedTensorStore(shard=SharedMemory(group=groups[rank // 2]))
+    store = SavedTensorStore(shard=SharedMemory(group=groups[rank // 2], directory=memory))
     step(store, equal_values(2, seed=rank // 2))
     assert store.stats.num_by_stage.get("shared", 0) == (2 if rank < 2 else 0)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 @pytest.mark.parametrize("case", ["differing", "alone"])
-def test_ranks_that_differ_share_nothing_or_less(case: str, num_ranks: int) -> None:
-    run_ranks(f"{__name__}:{case}", num_ranks=num_ranks)
+def test_ranks_that_differ_share_nothing_or_less(case: str, num_ranks: int, memory: str) -> None:
+    run_ranks(f"{__name__}:{case}", memory, num_ranks=num_ranks)
 
 
 @pytest.mark.parametrize("case", ["replicated", "disordered", "corrupted"])
-def test_two_ranks(case: str) -> None:
-    run_ranks(f"{__name__}:{case}", num_ranks=2)
+def test_two_ranks(case: str, memory: str) -> None:
+    run_ranks(f"{__name__}:{case}", memory, num_ranks=2)
 
 
-def test_a_group_shares_within_itself() -> None:
-    run_ranks(f"{__name__}:grouped", num_ranks=3)
+def test_a_group_shares_within_itself(memory: str) -> None:
+    run_ranks(f"{__name__}:grouped", memory, num_ranks=3)
 
 
 @pytest.mark.parametrize("moment", ["forward", "publish", "backward"])
-def test_the_rank_that_lives_ends_right(moment: str) -> None:
-    run_ranks(f"{__name__}:killed", moment, num_ranks=2, killed=frozenset({1}))
-    shared_memory.remove_abandoned(DIRECTORY)
+def test_the_rank_that_lives_ends_right(moment: str, memory: str) -> None:
+    run_ranks(f"{__name__}:killed", memory, moment, num_ranks=2, killed=frozenset({1}))
 
 
 def test_a_full_file_system_leaves_bytes_with_their_rank(tmp_path: Path) -> None:

@@ -1,0 +1,170 @@
+"""Random faults while ranks share: each rank ends with the right gradients or with the error for the fault.
+
+python -m bench.chaos --runs 200
+
+A run is 2 or 3 ranks and a few steps. In each, ranks save tensors of which some are equal, in orders of
+their own, some of them more than others; then one of the faults: nothing, a rank killed in forward, while it
+publishes or in backward, bytes in shared memory overwritten, a rank that raises in forward, never enters,
+never runs backward or runs it twice. Every gradient is compared with what it must be.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bench.machine import keep, machine
+from bench.ranks import run_ranks
+from offload import RankMismatchError, SavedTensorStore
+from offload.sharding import shared_memory
+from offload.sharding.shared_memory import SharedMemory
+
+FAULTS = (
+    "none",
+    "killed in forward",
+    "killed publishing",
+    "killed in backward",
+    "overwritten",
+    "raises in forward",
+    "never enters",
+    "no backward",
+    "two backwards",
+)
+_MEMORY = "/dev/shm"
+_SHAPES = ((64, 64), (512, 128), (1000, 3), (7,), (256, 1024))
+_NUM_STEPS = 3
+
+
+def run(seed: int, *, num_ranks: int | None = None) -> tuple[str, list[str]]:
+    """Run one random job and return its fault and how each rank ended: "right", "refused" or "killed".
+
+    Raises:
+        AssertionError: a rank ended wrong, or did not end, or something was left behind.
+    """
+    chance = random.Random(seed)
+    fault = FAULTS[seed % len(FAULTS)]
+    num_ranks = num_ranks or chance.choice((2, 3))
+    struck = chance.randrange(num_ranks)
+    killed = frozenset({struck} if fault.startswith("killed") else ())
+    with tempfile.TemporaryDirectory(dir=_MEMORY) as folder:
+        arguments = (str(seed), fault, str(struck), folder)
+        outputs = run_ranks("bench.chaos:rank_of_run", *arguments, num_ranks=num_ranks, killed=killed)
+        shared_memory.remove_abandoned(Path(folder))
+        left = list(Path(folder).iterdir())
+        assert not left, f"seed {seed}, {fault}: {left} is left"
+    return fault, ["killed" if rank in killed else outputs[rank].split()[-1] for rank in range(num_ranks)]
+
+
+def rank_of_run(rank: int, seed: str, fault: str, struck: str, folder: str) -> None:
+    """Run this rank's steps and print how they ended."""
+    mine = fault if rank == int(struck) else "none"
+    policy = SharedMemory(directory=folder)
+    store = SavedTensorStore(shard=policy, uniquify=int(seed) % 2 == 1)
+    ended = "right"
+    for step in range(_NUM_STEPS):
+        chance = random.Random(f"{seed} {step} {rank}")
+        now = mine if step == int(seed) % _NUM_STEPS else "none"
+        try:
+            _step(store, _values(int(seed) + step, chance), fault=now, folder=Path(folder))
+        except RankMismatchError:
+            assert fault == "overwritten", f"refused although {fault}"
+            ended = "refused"
+        if mine == "killed publishing":
+            # From here on: its death comes when it finds something to publish, or at the end.
+            shared_memory._mapped = _die
+    if mine == "killed publishing":
+        _die()
+    print(ended, flush=True)
+    os._exit(0)  # a group whose rank died would wait for it
+
+
+def _die(*_: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _values(seed: int, chance: random.Random) -> list[Tensor]:
+    """Return a step's tensors: the job's, in this rank's order, some left out, and some of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    common = [torch.randn(shape, generator=generator) for shape in _SHAPES]
+    common += [(value > 0).float() for value in common]
+    chance.shuffle(common)
+    generator.manual_seed(chance.getrandbits(32))
+    own = [torch.randn(chance.choice(_SHAPES), generator=generator) for _ in range(chance.randrange(3))]
+    return common[: chance.randrange(4, len(common) + 1)] + own
+
+
+def _step(store: SavedTensorStore, values: list[Tensor], *, fault: str, folder: Path) -> None:
+    weights = [torch.ones_like(value, requires_grad=True) for value in values]
+    if fault == "never enters":
+        return
+    try:
+        with store:
+            losses = [(weight * value.clone()).sum() for weight, value in zip(weights, values, strict=True)]
+            if fault == "killed in forward":
+                _die()
+            if fault == "raises in forward":
+                raise ZeroDivisionError
+    except ZeroDivisionError:
+        return
+    for _ in range(20):
+        store.report()  # looks at what the others announced meanwhile
+    if fault == "overwritten":
+        _overwrite(folder)
+    if fault == "no backward":
+        return
+    loss = torch.stack(losses).sum()
+    del losses
+    loss.backward(retain_graph=fault == "two backwards")
+    if fault == "killed in backward":
+        _die()
+    times = 1
+    if fault == "two backwards":
+        loss.backward()
+        times = 2
+    for weight, value in zip(weights, values, strict=True):
+        assert weight.grad is not None
+        assert torch.equal(weight.grad, value * times), "a gradient is wrong"
+    del loss
+    assert store.stats.held_bytes == 0
+
+
+def _overwrite(folder: Path) -> None:
+    for path in [path for job in folder.iterdir() for path in job.iterdir()]:
+        if len(path.name) == 32:
+            try:
+                with path.open("r+b") as file:
+                    file.write(b"overwritten")
+            except FileNotFoundError:
+                continue
+
+
+def main() -> None:
+    """Run, print how runs ended, and keep the result when asked to."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.chaos", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--runs", type=int, default=20, help="random jobs (default 20)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first run (default 0)")
+    parser.add_argument("--keep", action="store_true", help="also write the result to bench/results/")
+    options = parser.parse_args()
+    ends: dict[str, Counter[str]] = {fault: Counter() for fault in FAULTS}
+    for seed in tqdm(range(options.seed, options.seed + options.runs), unit="run"):
+        fault, ranks = run(seed)
+        ends[fault].update(ranks)
+    result = {"num_runs": options.runs, "first_seed": options.seed, "ranks_ended": ends, "machine": machine()}
+    if options.keep:
+        keep("chaos", result)
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
