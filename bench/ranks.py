@@ -1,5 +1,6 @@
 """Run a function on several ranks of one machine, each a process of its own, without torchrun."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -56,6 +57,9 @@ def main(function: str, rank: str, num_ranks: str, folder: str, *arguments: str)
     __import__(module)
     getattr(sys.modules[module], name)(int(rank), *arguments)
     if dist.is_initialized():
+        # What a thread of gloo still holds at the interpreter's end is freed without it, and aborts.
+        gc.collect()
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -72,7 +72,7 @@ def made_early(directory: Path) -> Iterator[None]:
 
 
 def _remove_if_empty(directory: Path) -> None:
-    if directory.is_dir() and not any(directory.iterdir()):
+    with suppress(OSError):  # not empty, or another rank was quicker
         directory.rmdir()
 
 

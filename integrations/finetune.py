@@ -157,6 +157,12 @@ def _train(
         destination.checkpoints, settings=recipe.settings(), num_kept=destination.checkpoints_kept
     )
     state = checkpoints.load() if destination.resume else None
+    num_done = 0 if state is None else int(state["num_done"])
+    if training.ranks.largest(num_done) != num_done or training.ranks.largest(-num_done) != -num_done:
+        raise CommandError(
+            f"the ranks see different checkpoints in {destination.checkpoints}: it must lie on a file system "
+            "that all of them share"
+        )
     if state is None:
         notes = {"before": training.held_out_losses(held_out)}
     else:

@@ -39,10 +39,20 @@ class Ranks:
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Add the gradients of all ranks up, in place; each rank comes to hold the same bits."""
-        if self._num_ranks > 1:
-            gradients = [each.grad for each in parameters if each.grad is not None]
-            for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
-                work.wait()
+        if self._num_ranks == 1:
+            return
+        trained = [each for each in parameters if each.requires_grad]
+        # A parameter that this rank's rows did not reach may have a gradient elsewhere.
+        has_gradient = torch.tensor([each.grad is not None for each in trained], dtype=torch.uint8)
+        dist.all_reduce(has_gradient, op=dist.ReduceOp.MAX)
+        works = []
+        for parameter, has in zip(trained, has_gradient.tolist(), strict=True):
+            if has and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad is not None:
+                works.append(dist.all_reduce(parameter.grad, async_op=True))
+        for work in works:
+            work.wait()
 
     def sum(self, value: float) -> float:
         """The sum of a number over all ranks."""

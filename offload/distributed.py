@@ -4,12 +4,18 @@ import sys
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from offload.errors import StaleTensorError
 
 _LOCAL = "_local_tensor"
 
 
 class _Openable(Protocol):
+    @property
+    def is_reference(self) -> bool: ...
+
     def open(self) -> Tensor: ...
 
 
@@ -21,18 +27,33 @@ class Distributed:
         pack_local: gives the handle of a local tensor.
     """
 
-    __slots__ = ("_context", "_handle", "_inner", "_shape", "_stride", "_type")
+    __slots__ = ("_context", "_counter", "_handle", "_inner", "_shape", "_stride", "_type", "_version")
 
     def __init__(self, tensor: Tensor, *, pack_local: "Callable[[Tensor], _Openable]") -> None:
         names, self._context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         self._inner = {name: getattr(tensor, name) for name in names if name != _LOCAL}
         self._handle = pack_local(getattr(tensor, _LOCAL))
+        # An in-place operator on a DTensor moves the DTensor's version counter and not its local tensor's.
+        self._counter = tensor.detach()
+        setattr(self._counter, _LOCAL, torch.empty(0))
+        self._version = tensor._version
         self._type = type(tensor)
         self._shape = tensor.shape
         self._stride = tensor.stride()
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether the local tensor is kept by reference."""
+        return self._handle.is_reference
+
     def open(self) -> Tensor:
         """Return the DTensor as it was saved, or raise StaleTensorError."""
+        if self._counter._version != self._version and self._handle.is_reference:
+            raise StaleTensorError(
+                f"backward needs a saved DTensor of shape {tuple(self._shape)}, kept by reference, but "
+                f"it is at version {self._counter._version} and was saved at version {self._version}: it was "
+                "changed in place after it was saved. Change a clone, or move the change behind backward."
+            )
         inner = self._inner | {_LOCAL: self._handle.open()}
         unflatten = self._type.__tensor_unflatten__  # type: ignore[attr-defined]
         whole: Tensor = unflatten(inner, self._context, self._shape, self._stride)

@@ -128,6 +128,11 @@ class Handle:
         self._layout = layout
         self._saver = saver
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether the bytes are still those of the saved tensor."""
+        return isinstance(self._entry.content, Reference)
+
     def open(self) -> Tensor:
         """Return the saved tensor as it was saved, or raise StaleTensorError."""
         return self._entry.content.open(self._layout, self._saver)
@@ -146,6 +151,11 @@ class Kept:
         self._version = None if alias.is_inference() else alias._version
         self._num_bytes = num_bytes
         self._charge = charge
+
+    @property
+    def is_reference(self) -> bool:
+        """Return True: the alias is all there is."""
+        return True
 
     def open(self) -> Tensor:
         """Return the saved tensor; raises StaleTensorError when it is no longer what was saved."""

@@ -118,13 +118,17 @@ class Settler:
         """
         if self._queue.num_bytes > _BATCH_BYTES or len(self._queue.pending) > _BATCH_SAVES:
             self._settle_queue(now=_get_sequence_nr())
-            self._sharer.share()
+            self._share()
 
     def settle_all(self) -> None:
         """Settle all that this thread saved. To be called outside any operator."""
         if self._queue.pending:
             self._settle_queue(now=None)
-        self._sharer.share()
+        self._share()
+
+    def _share(self) -> None:
+        with _disable_current_modes():
+            self._sharer.share()
 
     def _settle_queue(self, *, now: int | None) -> None:
         queue = self._queue.pending

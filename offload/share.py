@@ -53,7 +53,10 @@ class Sharer:
 
     def add(self, entry: Entry, *, layout: Layout, record: StorageRecord, row: Row, stage: str) -> None:
         """Take an entry that has settled as `stage`."""
-        if stage != "content" and not entry.follows and self._sharding.is_joined:
+        content = entry.content
+        # On another device a reference stays where it is.
+        is_near = not isinstance(content, Reference) or content.source.device.type == "cpu"
+        if stage != "content" and is_near and not entry.follows and self._sharding.is_joined:
             self._settled.append(_Settled(entry, layout=layout, record=record, row=row, stage=stage))
 
     def share(self) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import mmap
 import os
 import secrets
+import weakref
 from pathlib import Path
 
 _NUM_SLOTS = 1 << 14
@@ -27,15 +28,22 @@ class Announced:
         try:
             os.posix_fallocate(file, 0, _NUM_SLOTS * _DIGEST_BYTES)
             self._own = mmap.mmap(file, _NUM_SLOTS * _DIGEST_BYTES)
+        except OSError:
+            path.unlink()
+            raise
         finally:
             os.close(file)
         self._others: dict[str, mmap.mmap] = {}
+        self._end = weakref.finalize(self, _remove, path, os.getpid())
 
     def find_others(self) -> None:
-        """Look for the tables of ranks that came since the last look."""
-        for entry in self._files():
-            new = entry.name.startswith(_FILE) and entry.name not in self._others
-            if not new or entry.name.startswith(self._own_prefix):
+        """Look for the tables of ranks that came since the last look, and drop those that went."""
+        files = [entry for entry in self._files() if entry.name.startswith(_FILE)]
+        if files:  # with its own: the folder is still there
+            names = {entry.name for entry in files}
+            self._others = {name: table for name, table in self._others.items() if name in names}
+        for entry in files:
+            if entry.name in self._others or entry.name.startswith(self._own_prefix):
                 continue
             with contextlib.suppress(OSError, ValueError):  # it is just being made, or gone
                 file = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -59,8 +67,20 @@ class Announced:
     def num_others(self, digest: bytes) -> int:
         """Return how many of the others announced this digest."""
         place = _place(digest)
-        return sum(table[place : place + _DIGEST_BYTES] == digest for table in self._others.values())
+        # By rank: a rank has a table for each of its stores.
+        ranks = {
+            name.partition(".")[0]
+            for name, table in self._others.items()
+            if table[place : place + _DIGEST_BYTES] == digest
+        }
+        return len(ranks)
 
 
 def _place(digest: bytes) -> int:
     return int.from_bytes(digest[:4], "little") % _NUM_SLOTS * _DIGEST_BYTES
+
+
+def _remove(path: Path, owner: int) -> None:
+    if os.getpid() == owner:
+        with contextlib.suppress(OSError):
+            path.unlink()

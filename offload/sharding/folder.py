@@ -8,8 +8,7 @@ about: a folder of which nobody holds the lock is left over, and the next job re
 import contextlib
 import fcntl
 import os
-import shutil
-import time
+import re
 import weakref
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from offload.errors import StoreError
 
 _PREFIX = "offload-"
 _LOCK = "lock"
+_NAME = re.compile(_PREFIX + "[0-9a-f]{24}")
 _NUM_TRIED = 100
-_UNLOCKED_SECONDS = 60.0
 
 
 class Folder:
@@ -38,10 +37,11 @@ class Folder:
 
 def remove_abandoned(parent: Path) -> None:
     """Remove the folders of jobs of this user that no living process holds."""
-    for path in parent.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            if path.stat().st_uid == os.getuid():
-                _remove_if_free(path)
+    for path in parent.iterdir():
+        if _NAME.fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                if path.lstat().st_uid == os.getuid():
+                    _remove_if_free(path)
 
 
 def _join(path: Path) -> int:
@@ -68,6 +68,7 @@ def _leave(path: Path, lock: int, owner: int) -> None:
     if os.getpid() != owner:
         return  # a forked child has the same lock: it is its parent's to give up
     with contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_UN)  # closing does not: a forked child has the same lock
         os.close(lock)
     with contextlib.suppress(OSError):
         _remove_if_free(path)
@@ -77,12 +78,15 @@ def _remove_if_free(path: Path) -> None:
     try:
         lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        if time.time() - path.stat().st_mtime > _UNLOCKED_SECONDS:  # not one that is just being made
-            shutil.rmtree(path, ignore_errors=True)
+        path.rmdir()  # of a job that died between making it and its lock
         return
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(path, ignore_errors=True)
+        for file in path.iterdir():
+            if file.name != _LOCK:
+                file.unlink()
+        (path / _LOCK).unlink()  # last: without it, a folder that is not empty is nobody's to remove
+        path.rmdir()
     except BlockingIOError:
         pass  # in use
     finally:

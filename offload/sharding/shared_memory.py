@@ -96,10 +96,13 @@ class SharedMemory(Sharding):
                 f"sharing saved tensors through memory needs the folder {self._directory}, which is not "
                 "there; mount a tmpfs, or give SharedMemory(directory=...)"
             )
-        remove_abandoned(self._directory)
-        self._folder = Folder(self._directory, _job_name(group, self._directory))
-        self._announced = Announced(self._folder.path, rank=dist.get_rank())
-        self._joined = group
+        self._joined, self._folder, self._announced = group, None, None
+        # No room, or a store that cannot compare and set: this rank stays for itself.
+        with contextlib.suppress(OSError, RuntimeError, AttributeError):
+            remove_abandoned(self._directory)
+            folder = Folder(self._directory, _job_name(group, self._directory))
+            self._announced = Announced(folder.path, rank=dist.get_rank())
+            self._folder = folder
 
 
 class _FileLease(Lease):
@@ -153,9 +156,11 @@ def _adopt(path: Path, digest: bytes, num_bytes: int) -> Tensor | None:
         if os.fstat(file).st_size != num_bytes:
             return None
         shared = _mapped(file, num_bytes)
+        return shared if digest_of_bytes(shared) == digest else None
+    except (OSError, RuntimeError):  # no more files or mappings for this process
+        return None
     finally:
         os.close(file)
-    return shared if digest_of_bytes(shared) == digest else None
 
 
 def _publish(path: Path, digest: bytes, flat: Tensor) -> Tensor | None:
@@ -170,16 +175,16 @@ def _publish(path: Path, digest: bytes, flat: Tensor) -> Tensor | None:
     try:
         os.posix_fallocate(file, 0, flat.numel())  # a write past the room there is would be SIGBUS
         shared = _mapped(file, flat.numel()).copy_(flat)
-        if digest_of_bytes(shared) == digest:
-            part.rename(path)
-            return shared
-    except OSError:
-        pass  # no room: the bytes stay with this rank
+        if digest_of_bytes(shared) != digest:
+            return None
+        path.hardlink_to(part)  # fails where another rank was quicker
+        return shared
+    except (OSError, RuntimeError):
+        return None
     finally:
         os.close(file)
         with contextlib.suppress(OSError):
             part.unlink()
-    return None
 
 
 def _mapped(file: int, num_bytes: int) -> Tensor:

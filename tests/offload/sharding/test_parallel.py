@@ -1,6 +1,7 @@
 """DDP, FSDP2 and tensor parallel under a store that shares: gradients as without one."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
 from bench.ranks import run_ranks
-from offload import SavedTensorStore
+from offload import SavedTensorStore, StaleTensorError, StoreError
+from offload.sharding.shared_memory import SharedMemory
 
 
 class Net(nn.Module):
@@ -92,3 +95,35 @@ def compare(rank: int, name: str) -> None:
 @pytest.mark.parametrize("name", WRAPS)
 def test_gradients_are_those_of_the_run_without_a_store(name: str) -> None:
     run_ranks(f"{__name__}:compare", name, num_ranks=2)
+
+
+def change_in_place(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    changes = [lambda x: x.mul_(3), lambda x: x.detach().mul_(3), lambda x: x.view(-1).mul_(3)]
+    for change in changes:
+        for uniquify in (False, True):
+            weight = distribute_tensor(torch.randn(64, 64), mesh, [Shard(0)]).requires_grad_()
+            x = distribute_tensor(torch.randn(64, 64), mesh, [Shard(0)])
+            with SavedTensorStore(shard=True, uniquify=uniquify, min_bytes=0):
+                loss = (weight * x).sum()
+            with torch.no_grad():
+                change(x)
+            with pytest.raises(StaleTensorError, match="DTensor"):
+                loss.backward()
+
+
+def test_a_dtensor_that_was_changed_in_place_is_refused() -> None:
+    run_ranks(f"{__name__}:change_in_place", num_ranks=2)
+
+
+def test_a_store_that_cannot_join_leaves_no_hooks_behind(tmp_path: Path) -> None:
+    run_ranks(f"{__name__}:join_nowhere", str(tmp_path / "missing"), num_ranks=2)
+
+
+def join_nowhere(rank: int, directory: str) -> None:
+    with (
+        pytest.raises(StoreError, match="needs the folder"),
+        SavedTensorStore(shard=SharedMemory(directory=directory)),
+    ):
+        pass
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
