@@ -80,16 +80,23 @@ class SavedTensorStore:
         self._num_entered = 0
 
     def __enter__(self) -> "SavedTensorStore":
+        hooks = saved_tensors_hooks(self._pack, self._unpack)
+        hooks.__enter__()
+        try:
+            self._begin()
+        except BaseException:
+            hooks.__exit__()
+            raise
+        self._entered.hooks.append(hooks)
+        return self
+
+    def _begin(self) -> None:
         with self._lock:
             if self._num_entered == 0:
                 self._settler.begin_step()
                 self._counts = Counts()
                 self._seen.clear()
             self._num_entered += 1
-        hooks = saved_tensors_hooks(self._pack, self._unpack)
-        hooks.__enter__()
-        self._entered.hooks.append(hooks)
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
