@@ -45,8 +45,7 @@ class SavedTensorStore:
     Raises:
         TypeError: `uniquify` holds something that is not a codec.
         ValueError: `min_bytes` is negative, `shard` names no policy, or is given without `dedupe`, whose
-            hashes
-            it goes by.
+            hashes it goes by.
     """
 
     def __init__(

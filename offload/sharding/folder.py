@@ -1,8 +1,7 @@
 """The folder in which the ranks of one job and host meet: who lives holds its lock, who dies loses it.
 
 The kernel drops a lock with the process that held it, however it ended, so that no process number is ever
-asked
-about: a folder of which nobody holds the lock is left over, and the next job removes it.
+asked about: a folder of which nobody holds the lock is left over, and the next job removes it.
 """
 
 import contextlib
