@@ -5,13 +5,14 @@ handle's end frees the payload by reference count; nothing else owns any of the 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from offload.codecs.base import Payload
-from offload.errors import StaleTensorError
+from offload.errors import RankMismatchError, StaleTensorError
 from offload.layout import Layout, lay, lay_bytes
-from offload.part import Place
+from offload.part import Part
 from offload.patience import Line
 from offload.stats import Charge, Ledger
 
@@ -71,9 +72,9 @@ class Encoded(Content):
     """Bytes of the store's own, as `block_of` took them. Owns payload and charge."""
 
     __slots__ = ("_charge", "_payload", "_start")
-    _charge: Charge
+    _charge: Charge | None
 
-    def __init__(self, payload: Payload, *, start: int | None, charge: Charge) -> None:
+    def __init__(self, payload: Payload, *, start: int | None, charge: Charge | None) -> None:
         self._payload = payload
         self._start = start
         self._charge = charge
@@ -82,19 +83,13 @@ class Encoded(Content):
         """Decode the payload and lay the tensor on it."""
         return lay_bytes(layout, self._payload.decode(), start=self._start)
 
-    def share(self, place: Place, *, ledger: Ledger) -> tuple[int, int]:
-        """Give up what equal bytes in shared memory can stand for; return how many tensors of the payload lie
-        there now, and how many do not.
-        """
-        shared = [part.share(place) for part in self._payload.parts]
-        if any(shared):
-            self._charge = ledger.charge(self._payload.num_bytes)
-        return sum(shared), len(shared) - sum(shared)
+    @property
+    def parts(self) -> Sequence[Part]:
+        """The tensors of the payload."""
+        return self._payload.parts
 
-    def count_holders(self, num_holders: int, *, ledger: Ledger) -> None:
-        """Charge anew for shared bytes that more ranks have come to hold."""
-        for part in self._payload.parts:
-            part.count_holders(num_holders)
+    def recharge(self, ledger: Ledger) -> None:
+        """Charge anew after parts came to be shared, or shared with more ranks."""
         self._charge = ledger.charge(self._payload.num_bytes)
 
 
@@ -134,8 +129,14 @@ class Handle:
         return isinstance(self._entry.content, Reference)
 
     def open(self) -> Tensor:
-        """Return the saved tensor as it was saved, or raise StaleTensorError."""
-        return self._entry.content.open(self._layout, self._saver)
+        """Return the saved tensor as it was saved, or raise StaleTensorError or RankMismatchError."""
+        try:
+            return self._entry.content.open(self._layout, self._saver)
+        except RankMismatchError as error:
+            raise RankMismatchError(
+                f"backward needs a saved tensor of shape {tuple(self._layout.shape)}, {self._layout.dtype}, "
+                f"that this rank shares with others, but {error}"
+            ) from error
 
 
 class Kept:

@@ -1,4 +1,4 @@
-"""Bytes that a payload holds: the store's own, or in memory that several ranks share."""
+"""Bytes that a payload holds: the store's own, or leased from what several ranks hold together."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -6,85 +6,111 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from offload.digest import digest_of_bytes
 from offload.stats import Ledger
 
 
 class Lease(ABC):
-    """One rank's hold of shared bytes; its end gives them up."""
+    """One rank's hold of bytes that other ranks hold too; its end gives them up."""
 
-    __slots__ = ("digest", "num_holders")
+    __slots__ = ()
 
-    def __init__(self, digest: bytes, *, num_holders: int) -> None:
-        self.digest = digest
-        """xxh3-128 of the bytes."""
-        self.num_holders = num_holders
-        """Ranks that hold them, each of which counts an equal share."""
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes that this rank counts as held for it."""
+
+    @property
+    @abstractmethod
+    def is_near(self) -> bool:
+        """Whether reading needs no other rank."""
 
     @abstractmethod
-    def check(self, shared: Tensor) -> None:
-        """Raise RankMismatchError if `shared`, uint8 `[n]`, is not what the ranks agreed on."""
+    def count_holders(self, num_holders: int) -> bool:
+        """Take note of how many ranks hold the bytes; return whether `num_bytes` changed."""
+
+    @abstractmethod
+    def read(self) -> Tensor:
+        """Return the bytes, uint8 `[n]`, to be read only; raises RankMismatchError if they are not what the
+        ranks agreed on.
+        """
 
 
-Place = Callable[[Tensor], tuple[Tensor, Lease] | None]
-"""From uint8 `[n]` to equal bytes in shared memory and the lease of them; None where there are none yet."""
+Place = Callable[[Tensor, bytes], Lease | None]
+"""From uint8 `[n]` and its digest to a lease of equal bytes; None where there is none yet."""
 
 
 class Part:
-    """One tensor of a payload. Owns it, or a lease of equal bytes that other ranks read too; with a ledger
-    also the charge, otherwise its owner charges `num_bytes`.
+    """One tensor of a payload. Owns it, or a lease of equal bytes; with a ledger also the charge, otherwise
+    its owner charges `num_bytes`. `digest` is that of its bytes, where it is known.
     """
 
-    __slots__ = ("_charge", "_lease", "_ledger", "_tensor")
+    __slots__ = ("_charge", "_digest", "_dtype", "_lease", "_ledger", "_shape", "_tensor", "device")
 
-    def __init__(self, tensor: Tensor, *, lease: Lease | None = None, ledger: Ledger | None = None) -> None:
-        self._tensor = tensor
-        self._lease = lease
+    def __init__(self, tensor: Tensor, *, ledger: Ledger | None = None, digest: bytes | None = None) -> None:
+        self._tensor: Tensor | None = tensor
+        self._lease: Lease | None = None
+        self._digest = digest
+        self._dtype = tensor.dtype
+        self._shape = tensor.shape
+        self.device = tensor.device
         self._ledger = ledger
         self._charge = ledger.charge(tensor.nbytes) if ledger is not None else None
 
     @property
-    def device(self) -> torch.device:
-        """Where the bytes lie."""
-        return self._tensor.device
+    def is_key(self) -> bool:
+        """Whether payloads to come may be encoded by it: it is charged where it is kept."""
+        return self._ledger is not None
 
     @property
-    def is_shared(self) -> bool:
-        """Whether other ranks may read the same bytes."""
-        return self._lease is not None
+    def is_near(self) -> bool:
+        """Whether reading needs no other rank."""
+        return self._lease is None or self._lease.is_near
 
     @property
     def num_bytes(self) -> int:
         """Bytes that this rank holds for it: all, or its share."""
-        return (
-            self._tensor.nbytes if self._lease is None else -(-self._tensor.nbytes // self._lease.num_holders)
-        )
+        if self._lease is not None:
+            return self._lease.num_bytes
+        return self._shape.numel() * self._dtype.itemsize
+
+    @property
+    def digest(self) -> bytes:
+        """xxh3-128 of its bytes."""
+        if self._digest is None:
+            self._digest = digest_of_bytes(self._flat().cpu())
+        return self._digest
 
     def __len__(self) -> int:
-        return len(self._tensor)
+        return self._shape[0]
 
     def read(self) -> Tensor:
-        """Return the tensor, to be read only; raises RankMismatchError when shared bytes were changed."""
-        if self._lease is not None:
-            self._lease.check(self._tensor.view(-1).view(torch.uint8))
-        return self._tensor
+        """Return the tensor, to be read only; raises RankMismatchError when ranks no longer agree on it."""
+        if self._tensor is not None:
+            return self._tensor
+        assert self._lease is not None
+        return self._lease.read().view(self._dtype).view(self._shape)
 
-    def share(self, place: Place) -> bool:
-        """Give up the bytes for shared ones where there are some; return whether they are shared now."""
+    @property
+    def is_shared(self) -> bool:
+        """Whether other ranks may hold the bytes too."""
+        return self._lease is not None
+
+    def share(self, place: Place, *, num_holders: int) -> bool:
+        """Give up the bytes for leased ones where there are some, and take note of how many ranks hold them;
+        return whether `num_bytes` may have changed.
+        """
+        was_shared = self.is_shared
         if self._lease is None:
-            flat = self._tensor.view(-1).view(torch.uint8)
-            placed = place(flat)
-            if placed is not None:
-                shared, self._lease = placed
-                self._tensor = shared.view(self._tensor.dtype).view(self._tensor.shape)
-                self._recharge()
-        return self.is_shared
-
-    def count_holders(self, num_holders: int) -> None:
-        """Take note of how many ranks hold the bytes, if they are shared."""
-        if self._lease is not None:
-            self._lease.num_holders = num_holders
-            self._recharge()
-
-    def _recharge(self) -> None:
-        if self._ledger is not None:
+            self._lease = place(self._flat(), self.digest)
+        if self._lease is None:
+            return False
+        self._tensor = None
+        changed = self._lease.count_holders(num_holders) or not was_shared
+        if changed and self._ledger is not None:
             self._charge = self._ledger.charge(self.num_bytes)
+        return changed
+
+    def _flat(self) -> Tensor:
+        assert self._tensor is not None
+        return self._tensor.reshape(-1).view(torch.uint8)

@@ -66,13 +66,13 @@ class Settler:
         self._storages = StorageIndex(ledger)
         self._contents = ContentIndex()
         self._lists = IndexLists(ledger)
-        self._sharer = Sharer(sharding, ledger=ledger)
+        self.sharer = Sharer(sharding, ledger=ledger)
         self._queue = _Queue()
 
     def begin_step(self) -> None:
         """Start counting storages and the peak anew, and look which ranks there are."""
         self._storages.begin_step()
-        self._sharer.begin_step()
+        self.sharer.begin_step()
         self._ledger.reset_peak()
 
     def admit(self, tensor: Tensor, *, row: Row, line: Line) -> tuple[Handle | Kept, int]:
@@ -102,7 +102,6 @@ class Settler:
         reference = Reference(source, num_bytes=record.num_bytes, charge=self._charge(source, record))
         entry = Entry(reference, line=line, digest=digest, follows=follows)
         record.put(entry, source._version)
-        self._sharer.announce(digest)
         new_bytes = self._ledger.charged_bytes - charged_bytes
         sequence = _get_sequence_nr()
         pending = Pending(sequence, weakref.ref(entry), layout, record, row, record.num_bytes, new_bytes)
@@ -118,17 +117,22 @@ class Settler:
         """
         if self._queue.num_bytes > _BATCH_BYTES or len(self._queue.pending) > _BATCH_SAVES:
             self._settle_queue(now=_get_sequence_nr())
-            self._share()
+            self._share(is_final=False)
 
     def settle_all(self) -> None:
         """Settle all that this thread saved. To be called outside any operator."""
         if self._queue.pending:
             self._settle_queue(now=None)
-        self._share()
+        self._share(is_final=True)
 
-    def _share(self) -> None:
+    def _share(self, *, is_final: bool) -> None:
         with _disable_current_modes():
-            self._sharer.share()
+            self.sharer.share(is_final=is_final)
+
+    def begin_backward(self) -> None:
+        """Share what the ranks agreed on, before something is unpacked."""
+        with _disable_current_modes():
+            self.sharer.begin_backward()
 
     def _settle_queue(self, *, now: int | None) -> None:
         queue = self._queue.pending
@@ -169,7 +173,7 @@ class Settler:
             entry.line.reading.learn(won=won)
             own_bytes = self._ledger.charged_bytes - charged_bytes
             pending.row.count(stage, kept_bytes=own_bytes if won else pending.new_bytes)
-        self._sharer.add(entry, layout=pending.layout, record=pending.record, row=pending.row, stage=stage)
+        self.sharer.add(entry, layout=pending.layout, record=pending.record, row=pending.row, stage=stage)
 
     def _place(self, entry: Entry, layout: Layout, record: StorageRecord) -> str:
         """Give `entry` bytes of its own where a stage has a reason to, and return the name of the stage."""

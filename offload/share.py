@@ -1,27 +1,25 @@
-"""From a settled entry to bytes that several ranks hold once: tried when entries settle, and at each later
-look.
+"""From a settled entry to bytes that several ranks hold once: tried when entries settle, at each later look,
+and once more when backward begins.
 """
 
 import weakref
-from functools import partial
 
 from offload.codecs.raw import RawPayload
 from offload.dedupe import StorageRecord
 from offload.digest import digest_of
 from offload.handle import Encoded, Entry, Reference
 from offload.layout import Layout, block_of
-from offload.sharding.base import Sharding
+from offload.part import Part
+from offload.sharding.base import Sharding, Traffic
 from offload.stats import Ledger, Row
 
 _NUM_TRIED = 4
 
 
 class _Settled:
-    """A settled entry, shared among `num_holders` ranks, 0 while its bytes are this rank's own. Weak: the
-    graph's end takes the entry along.
-    """
+    """A settled entry. Weak: the graph's end takes the entry along."""
 
-    __slots__ = ("entry", "is_done", "layout", "num_holders", "num_tried", "record", "row", "stage")
+    __slots__ = ("entry", "is_shared", "layout", "num_tried", "record", "row", "stage")
 
     def __init__(self, entry: Entry, *, layout: Layout, record: StorageRecord, row: Row, stage: str) -> None:
         self.entry = weakref.ref(entry)
@@ -29,89 +27,116 @@ class _Settled:
         self.record = record
         self.row = row
         self.stage = stage
-        self.num_holders = 0
         self.num_tried = 0
-        self.is_done = False
+        self.is_shared = False
 
 
 class Sharer:
-    """Gives up this rank's bytes for shared ones wherever another rank announced the same."""
+    """Gives up this rank's bytes for shared ones wherever other ranks announced the same."""
 
     def __init__(self, sharding: Sharding, *, ledger: Ledger) -> None:
         self._sharding = sharding
         self._ledger = ledger
         self._settled: list[_Settled] = []
 
+    @property
+    def is_joined(self) -> bool:
+        """Whether there are other ranks to share with."""
+        return self._sharding.is_joined
+
+    @property
+    def traffic(self) -> Traffic:
+        """What came from other ranks since the outermost enter."""
+        return self._sharding.traffic
+
+    def group_held_bytes(self, held_bytes: int) -> int:
+        """Return what all ranks are known to hold, this one `held_bytes`."""
+        return self._sharding.group_held_bytes(held_bytes)
+
     def begin_step(self) -> None:
         """Join the other ranks; entries of an earlier step that live on are tried no more."""
-        self._sharding.look()
+        self._sharding.begin_step(self._ledger)
         self._settled.clear()
 
-    def announce(self, digest: bytes) -> None:
-        """Tell the other ranks what this one saved."""
-        self._sharding.announce(digest)
+    def begin_backward(self) -> None:
+        """Share what is agreed, before something is unpacked."""
+        if self._sharding.begin_backward():
+            self._try_all(is_final=True)
 
     def add(self, entry: Entry, *, layout: Layout, record: StorageRecord, row: Row, stage: str) -> None:
-        """Take an entry that has settled as `stage`."""
+        """Take an entry that has settled as `stage`, and tell the other ranks."""
+        if stage == "content" or entry.follows or entry.digest is None or not self._sharding.is_joined:
+            return
         content = entry.content
-        # On another device a reference stays where it is.
-        is_near = not isinstance(content, Reference) or content.source.device.type == "cpu"
-        if stage != "content" and is_near and not entry.follows and self._sharding.is_joined:
-            self._settled.append(_Settled(entry, layout=layout, record=record, row=row, stage=stage))
+        if isinstance(content, Encoded):
+            for part in content.parts:
+                self._sharding.announce(part.digest)
+        elif isinstance(content, Reference) and content.source.device.type == "cpu":
+            self._sharding.announce(entry.digest)
+        else:
+            return  # on another device a reference stays where it is
+        self._settled.append(_Settled(entry, layout=layout, record=record, row=row, stage=stage))
 
-    def share(self) -> None:
-        """Try all entries whose bytes are this rank's own, and count who holds the others."""
+    def share(self, *, is_final: bool) -> None:
+        """Try all entries whose bytes are this rank's own, and count who holds the others.
+
+        Args:
+            is_final: no saves are about to follow for which what is here would serve as a key.
+        """
         if self._settled:
             self._sharding.look()
-            self._settled = [each for each in self._settled if self._is_worth_another_try(each)]
+            self._try_all(is_final=is_final)
 
-    def _is_worth_another_try(self, local: _Settled) -> bool:
+    def _try_all(self, *, is_final: bool) -> None:
+        self._settled = [each for each in self._settled if self._is_living(each, is_final=is_final)]
+
+    def _is_living(self, local: _Settled, *, is_final: bool) -> bool:
         entry = local.entry()
-        if entry is None or entry.digest is None:
+        if entry is None:
             return False
-        num_holders = self._sharding.num_holders(entry.digest)
-        if local.num_holders:
-            self._count_holders(entry, local, num_holders)
-        # Where the last save of this instruction was shared, this one is published for those who come later.
-        if not local.is_done and (num_holders > 1 or entry.line.is_shared):
-            self._share(entry, local, num_holders)
-        return local.num_holders > 0 or not local.is_done
+        if local.num_tried < _NUM_TRIED:
+            if isinstance(entry.content, Reference):
+                self._share_reference(entry, entry.content, local)
+            elif isinstance(entry.content, Encoded):
+                self._share(entry, entry.content, local, is_final=is_final)
+        return True
 
-    def _count_holders(self, entry: Entry, local: _Settled, num_holders: int) -> None:
-        """Charge this rank's part anew when more ranks have come to hold the same."""
-        if num_holders > local.num_holders and isinstance(entry.content, Encoded):
-            local.num_holders = num_holders
-            entry.line.is_shared = True
-            entry.content.count_holders(num_holders, ledger=self._ledger)
-
-    def _share(self, entry: Entry, local: _Settled, num_holders: int) -> None:
-        """Try once; a part that another rank is just publishing is there at a later try."""
-        local.num_tried += 1
-        if isinstance(entry.content, Reference):
-            num_shared, num_left = self._share_reference(entry, entry.content, local, num_holders)
-        elif isinstance(entry.content, Encoded):
-            place = partial(self._sharding.place, num_holders=num_holders)
-            num_shared, num_left = entry.content.share(place, ledger=self._ledger)
-        else:
-            num_shared, num_left = 0, 0
-        local.is_done = num_left == 0 or local.num_tried >= _NUM_TRIED
-        if num_shared and not local.num_holders:
-            local.num_holders = num_holders
-            entry.line.is_shared = num_holders > 1
-            entry.line.reading.learn(won=True)
-            local.row.recount("shared", was=local.stage)
-
-    def _share_reference(
-        self, entry: Entry, reference: Reference, local: _Settled, num_holders: int
-    ) -> tuple[int, int]:
-        source = reference.source
-        if reference.is_stale or digest_of(source) != entry.digest:
-            return 0, 0
+    def _share_reference(self, entry: Entry, reference: Reference, local: _Settled) -> None:
+        digest, source = entry.digest, reference.source
+        if digest is None or not self._is_due(digest, entry):
+            return
+        if reference.is_stale or digest_of(source) != digest:
+            local.num_tried = _NUM_TRIED
+            return
         block, start = block_of(source, local.layout, whole_storage=True)
-        placed = self._sharding.place(block.flat, num_holders=num_holders)
-        if placed is None or placed[1].digest != entry.digest:  # another thread wrote while it was copied
-            return 0, 1
-        payload = RawPayload(placed[0], lease=placed[1])
-        entry.content = Encoded(payload, start=start, charge=self._ledger.charge(payload.num_bytes))
-        local.record.copied_version = source._version
-        return 1, 0
+        content = Encoded(RawPayload(block.flat, digest=digest), start=start, charge=None)
+        self._share(entry, content, local, is_final=True)
+        if local.is_shared:
+            entry.content = content
+            local.record.copied_version = source._version
+
+    def _share(self, entry: Entry, content: Encoded, local: _Settled, *, is_final: bool) -> None:
+        due = [part for part in content.parts if self._is_due(part.digest, entry)]
+        # A list that lies elsewhere could not serve as the key of a save to come.
+        due = [part for part in due if is_final or self._sharding.is_near or not part.is_key]
+        if not due:
+            return
+        changed = [self._share_part(part) for part in due]
+        if any(changed):
+            content.recharge(self._ledger)
+            entry.line.is_shared = any(self._sharding.num_holders(part.digest) > 1 for part in due)
+            entry.line.reading.learn(won=True)
+        if any(part.is_shared for part in due) and not local.is_shared:
+            local.is_shared = True
+            local.row.recount("shared", was=local.stage)
+        if not all(part.is_shared for part in due):
+            local.num_tried += 1  # a part that another rank is just publishing is there at a later try
+
+    def _share_part(self, part: Part) -> bool:
+        return part.share(self._sharding.place, num_holders=self._sharding.num_holders(part.digest))
+
+    def _is_due(self, digest: bytes, entry: Entry) -> bool:
+        """Whether other ranks hold these bytes; where the last save of this instruction was shared, and no
+        rank needs another to read, also those that are published for who comes later.
+        """
+        return self._sharding.num_holders(digest) > 1 or (self._sharding.is_near and entry.line.is_shared)

@@ -16,7 +16,11 @@ class Stats:
     `saved_bytes` and `storage_bytes` count since the outermost enter, parameters and what has no plain
     readable storage left out; `held_bytes` is current; `peak_held_bytes` is the most held since then.
     `num_by_stage` counts saves by what became of them: "parameter", "opaque" and "reference" (kept by
-    reference), "storage" and "content" (shared with a living entry), "copy", or a codec's name.
+    reference), "storage" and "content" (shared with a living entry), "copy", a codec's name, or "shared" with
+    other ranks.
+
+    `group_held_bytes` is what the ranks of the group hold together, each as it last told: exact once all have
+    read their stats. `gathered_bytes` came from other ranks, and this rank waited `waited_seconds` for them.
     """
 
     saved_bytes: int = 0
@@ -25,6 +29,9 @@ class Stats:
     peak_held_bytes: int = 0
     num_saved: int = 0
     num_by_stage: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    group_held_bytes: int = 0
+    gathered_bytes: int = 0
+    waited_seconds: float = 0.0
 
 
 class Charge:

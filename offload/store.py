@@ -6,6 +6,7 @@ unpack: Handle -> decode -> lay -> tensor
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 
 import torch
@@ -114,7 +115,13 @@ class SavedTensorStore:
         with self._lock:
             self._settler.settle_all()
             held_bytes, peak_held_bytes = self._ledger.read()
-            return self._counts.stats(held_bytes, peak_held_bytes)
+            traffic = self._settler.sharer.traffic
+            return replace(
+                self._counts.stats(held_bytes, peak_held_bytes),
+                group_held_bytes=self._settler.sharer.group_held_bytes(held_bytes),
+                gathered_bytes=traffic.gathered_bytes,
+                waited_seconds=traffic.waited_seconds,
+            )
 
     def rows(self) -> list[Row]:
         """Return what was saved since the outermost enter by line of code, shape and dtype: the report for
@@ -161,6 +168,9 @@ class SavedTensorStore:
         return found
 
     def _unpack(self, handle: Handle | Kept | Distributed) -> Tensor:
+        if self._settler.sharer.is_joined:
+            with self._lock:
+                self._settler.begin_backward()
         return handle.open()
 
 

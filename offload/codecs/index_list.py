@@ -32,6 +32,11 @@ class IndexList:
         return (self._packed, self._first)
 
     @property
+    def is_near(self) -> bool:
+        """Whether reading needs no other rank."""
+        return self._packed.is_near and self._first.is_near
+
+    @property
     def first(self) -> Tensor:
         """Where each number stands, int32 `[R]`."""
         return self._first.read()
@@ -90,7 +95,9 @@ class IndexLists:
         block.
         """
         living = [
-            each for each in self._by_content.values() if each.num_rows == num_rows and each.device == device
+            each
+            for each in self._by_content.values()
+            if each.num_rows == num_rows and each.device == device and each.is_near
         ]
         return living[: -_NUM_KEYS_TRIED - 1 : -1]
 

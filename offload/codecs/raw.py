@@ -4,7 +4,7 @@ from torch import Tensor
 
 from offload.codecs.base import Block, Codec, Payload
 from offload.codecs.index_list import IndexLists
-from offload.part import Lease, Part
+from offload.part import Part
 
 
 class Raw(Codec):
@@ -24,12 +24,12 @@ class Raw(Codec):
 
 
 class RawPayload(Payload):
-    """A copy of a block, or a lease of one in shared memory."""
+    """The bytes of a block; with `digest`, theirs."""
 
     __slots__ = ("_flat",)
 
-    def __init__(self, flat: Tensor, *, lease: Lease | None = None) -> None:
-        self._flat = Part(flat, lease=lease)
+    def __init__(self, flat: Tensor, *, digest: bytes | None = None) -> None:
+        self._flat = Part(flat, digest=digest)
 
     @property
     def num_bytes(self) -> int:
@@ -43,4 +43,5 @@ class RawPayload(Payload):
 
     def decode(self) -> Tensor:
         """Return a copy of the copy: what autograd gets may be written to."""
-        return self._flat.read().clone()
+        flat = self._flat.read()
+        return flat.clone() if self._flat.is_near else flat  # what was gathered is nobody else's

@@ -1,4 +1,5 @@
-"""Which bytes each rank says it holds: a table of digests a rank, in memory that all of a host read.
+"""Which bytes each rank says it holds, and how many: a table of digests a rank, in memory that all of a host
+read.
 
 A digest stands at a place of its own making and may be overwritten by another, or be left from an earlier
 step. Either only means that less is shared, or that bytes are published for nobody: what is adopted is
@@ -15,6 +16,8 @@ from pathlib import Path
 _NUM_SLOTS = 1 << 14
 _DIGEST_BYTES = 16
 _FILE = "announced-"
+_HELD_AT = _NUM_SLOTS * _DIGEST_BYTES
+_FILE_BYTES = _HELD_AT + 8
 
 
 class Announced:
@@ -26,8 +29,8 @@ class Announced:
         path = folder / f"{self._own_prefix}{secrets.token_hex(4)}"
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            os.posix_fallocate(file, 0, _NUM_SLOTS * _DIGEST_BYTES)
-            self._own = mmap.mmap(file, _NUM_SLOTS * _DIGEST_BYTES)
+            os.posix_fallocate(file, 0, _FILE_BYTES)
+            self._own = mmap.mmap(file, _FILE_BYTES)
         except OSError:
             path.unlink()
             raise
@@ -48,7 +51,7 @@ class Announced:
             with contextlib.suppress(OSError, ValueError):  # it is just being made, or gone
                 file = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC)
                 try:
-                    table = mmap.mmap(file, _NUM_SLOTS * _DIGEST_BYTES, prot=mmap.PROT_READ)
+                    table = mmap.mmap(file, _FILE_BYTES, prot=mmap.PROT_READ)
                 finally:
                     os.close(file)
                 self._others[entry.name] = table
@@ -63,6 +66,11 @@ class Announced:
         """Announce bytes with this digest."""
         place = _place(digest)
         self._own[place : place + _DIGEST_BYTES] = digest
+
+    def sum_held(self, held_bytes: int) -> int:
+        """Tell what this rank holds, and return the sum over all tables, each as it was last told."""
+        self._own[_HELD_AT:] = held_bytes.to_bytes(8, "little")
+        return held_bytes + sum(int.from_bytes(table[_HELD_AT:], "little") for table in self._others.values())
 
     def num_others(self, digest: bytes) -> int:
         """Return how many of the others announced this digest."""

@@ -1,15 +1,33 @@
 """The contract of a sharding policy: bytes that several ranks hold alike, held once for all of them."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from offload.part import Lease
+from offload.stats import Ledger
+
+MIN_BYTES = 4096
+"""Fewer bytes stay with their rank."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What came from other ranks since the outermost enter.
+
+    Arguments:
+        gathered_bytes: that other ranks sent.
+        waited_seconds: for other ranks.
+    """
+
+    gathered_bytes: int = 0
+    waited_seconds: float = 0.0
 
 
 class Sharding(ABC):
-    """Finds what other ranks hold too. No call waits for another rank (Law 6): what is not agreed stays
-    local.
+    """Finds what other ranks hold too. No call made in forward waits for another rank (Law 6): what is not
+    agreed stays local.
     """
 
     __slots__ = ()
@@ -20,19 +38,45 @@ class Sharding(ABC):
         """Whether there are other ranks to share with."""
 
     @abstractmethod
+    def begin_step(self, ledger: Ledger) -> None:
+        """Join the other ranks, at a store's outermost enter. A no-op with one rank or no process group.
+
+        Args:
+            ledger: charged for bytes that the policy itself comes to hold.
+        """
+
+    @abstractmethod
     def look(self) -> None:
-        """Join the other ranks, or look who joined since. A no-op with one rank or no process group."""
+        """Tell what was announced, and see what others announced. Does not wait for them."""
 
     @abstractmethod
     def announce(self, digest: bytes) -> None:
-        """Tell the other ranks that this one holds bytes with this digest, xxh3-128 of 16 bytes."""
+        """Take note that this rank holds a part whose bytes have this digest, xxh3-128 of 16 bytes."""
 
     @abstractmethod
     def num_holders(self, digest: bytes) -> int:
-        """Return how many ranks, this one among them, announced these bytes."""
+        """Return how many ranks, this one among them, are known to hold these bytes."""
 
     @abstractmethod
-    def place(self, flat: Tensor, *, num_holders: int) -> tuple[Tensor, Lease] | None:
-        """Return bytes equal to `flat`, uint8 `[n]`, that other ranks may hold too, and a lease of them; None
-        where `flat` had better stay.
+    def place(self, flat: Tensor, digest: bytes) -> Lease | None:
+        """Return a lease of bytes equal to `flat`, uint8 `[n]`, whose digest is `digest`; None where `flat`
+        had better stay.
         """
+
+    @abstractmethod
+    def group_held_bytes(self, held_bytes: int) -> int:
+        """Tell what this rank holds, and return what all are known to hold together."""
+
+    @property
+    def is_near(self) -> bool:
+        """Whether what it places is read without another rank."""
+        return True
+
+    def begin_backward(self) -> bool:
+        """Take note that something is unpacked; return whether what is agreed changed by that. May wait."""
+        return False
+
+    @property
+    def traffic(self) -> Traffic:
+        """What came from other ranks since `begin_step`."""
+        return Traffic()

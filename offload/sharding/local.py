@@ -4,6 +4,7 @@ from torch import Tensor
 
 from offload.part import Lease
 from offload.sharding.base import Sharding
+from offload.stats import Ledger
 
 
 class Local(Sharding):
@@ -16,8 +17,11 @@ class Local(Sharding):
         """Return False."""
         return False
 
+    def begin_step(self, ledger: Ledger) -> None:
+        """Nobody to join."""
+
     def look(self) -> None:
-        """Nothing to join."""
+        """Nobody to look for."""
 
     def announce(self, digest: bytes) -> None:
         """Nobody to tell."""
@@ -26,6 +30,10 @@ class Local(Sharding):
         """Return 1, this rank."""
         return 1
 
-    def place(self, flat: Tensor, *, num_holders: int) -> tuple[Tensor, Lease] | None:
+    def place(self, flat: Tensor, digest: bytes) -> Lease | None:
         """Leave the bytes where they are."""
         return None
+
+    def group_held_bytes(self, held_bytes: int) -> int:
+        """Return what this rank holds."""
+        return held_bytes

@@ -18,10 +18,11 @@ from offload.digest import digest_of_bytes
 from offload.errors import RankMismatchError, StoreError
 from offload.part import Lease
 from offload.sharding.announced import Announced
-from offload.sharding.base import Sharding
+from offload.sharding.base import MIN_BYTES, Sharding
 from offload.sharding.folder import Folder, remove_abandoned
+from offload.sharding.group import group_of, host_name, job_store
+from offload.stats import Ledger
 
-_MIN_BYTES = 4096
 _DIRECTORY = "/dev/shm"
 
 
@@ -51,15 +52,15 @@ class SharedMemory(Sharding):
         """Whether this rank is in the folder."""
         return self._folder is not None
 
-    def look(self) -> None:
-        """Join the ranks of this host at the first call, then look who came since."""
-        if not dist.is_available() or not dist.is_initialized():
-            return
-        group = self._group or dist.group.WORLD
-        if group is None or dist.get_world_size(group) < 2:
-            return
-        if group is not self._joined:
+    def begin_step(self, ledger: Ledger) -> None:
+        """Join the ranks of this host at the first call."""
+        group = group_of(self._group)
+        if group is not None and group is not self._joined:
             self._join(group)
+        self.look()
+
+    def look(self) -> None:
+        """See which ranks came since."""
         if self._announced is not None:
             self._announced.find_others()
 
@@ -72,13 +73,12 @@ class SharedMemory(Sharding):
         """Return the ranks of this host that announced these bytes, this one included."""
         return 1 if self._announced is None else 1 + self._announced.num_others(digest)
 
-    def place(self, flat: Tensor, *, num_holders: int) -> tuple[Tensor, Lease] | None:
+    def place(self, flat: Tensor, digest: bytes) -> Lease | None:
         """Adopt what another rank published, or publish `flat`; None while another rank is at it, where there
         is no room, and for bytes that are few or not on the CPU.
         """
-        if self._folder is None or flat.device.type != "cpu" or flat.numel() < _MIN_BYTES:
+        if self._folder is None or flat.device.type != "cpu" or flat.numel() < MIN_BYTES:
             return None
-        digest = digest_of_bytes(flat)
         path = self._folder.path / digest.hex()
         shared = _adopt(path, digest, flat.numel())
         published = shared is None
@@ -86,9 +86,11 @@ class SharedMemory(Sharding):
             shared = _publish(path, digest, flat)
         if shared is None:
             return None
-        return shared, _FileLease(
-            digest, path=path if published else None, num_holders=num_holders, folder=self._folder
-        )
+        return _FileLease(shared, digest, path=path if published else None, folder=self._folder)
+
+    def group_held_bytes(self, held_bytes: int) -> int:
+        """Return the sum over the ranks of this host, each as it last told."""
+        return held_bytes if self._announced is None else self._announced.sum_held(held_bytes)
 
     def _join(self, group: "dist.ProcessGroup") -> None:
         if not self._directory.is_dir():
@@ -110,23 +112,42 @@ class _FileLease(Lease):
     maps them.
     """
 
-    __slots__ = ("_folder", "_path")
+    __slots__ = ("_digest", "_folder", "_num_holders", "_path", "_shared")
 
-    def __init__(self, digest: bytes, *, path: Path | None, num_holders: int, folder: Folder) -> None:
-        super().__init__(digest, num_holders=num_holders)
+    def __init__(self, shared: Tensor, digest: bytes, *, path: Path | None, folder: Folder) -> None:
+        self._shared = shared
+        self._digest = digest
+        self._num_holders = 1
         self._path = path
         self._folder = folder  # kept while anything in it is held
 
-    def check(self, shared: Tensor) -> None:
-        """Raise RankMismatchError if the bytes are not those that were agreed."""
-        found = digest_of_bytes(shared)
-        if found != self.digest:
+    @property
+    def num_bytes(self) -> int:
+        """An equal share of the file."""
+        return -(-self._shared.numel() // self._num_holders)
+
+    @property
+    def is_near(self) -> bool:
+        """Return True."""
+        return True
+
+    def count_holders(self, num_holders: int) -> bool:
+        """Count an equal share for so many ranks, once more of them came."""
+        if num_holders <= self._num_holders:
+            return False
+        self._num_holders = num_holders
+        return True
+
+    def read(self) -> Tensor:
+        """Return the bytes; raises RankMismatchError if they are not those that were agreed."""
+        found = digest_of_bytes(self._shared)
+        if found != self._digest:
             raise RankMismatchError(
-                f"backward needs {shared.numel()} bytes that this rank shares with others of its host, but "
-                f"they have digest {found.hex()} now and had {self.digest.hex()} when they were agreed: "
-                "another process wrote to them. Run the step again; if it comes back, use shard=False and "
-                "report it."
+                f"its {self._shared.numel()} bytes in shared memory have digest {found.hex()} now and had "
+                f"{self._digest.hex()} when they were agreed: another process wrote to them. Run the step "
+                "again; if it comes back, use shard=False and report it."
             )
+        return self._shared
 
     def __del__(self) -> None:
         if self._path is not None and os.getpid() == self._folder.owner:
@@ -139,11 +160,10 @@ def _job_name(group: "dist.ProcessGroup", directory: Path) -> str:
 
     The first rank to ask sets it in the store that the job's ranks met through; nobody waits for anybody.
     """
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    host = boot.read_text().strip() if boot.exists() else os.uname().nodename
-    key = f"{host}/{directory.stat().st_dev}/{dist.get_process_group_ranks(group)}".encode()
-    store = dist.distributed_c10d._get_default_store()
-    name: bytes = store.compare_set(f"offload/{xxhash.xxh3_128_hexdigest(key)}", "", os.urandom(12).hex())
+    key = f"{host_name()}/{directory.stat().st_dev}/{dist.get_process_group_ranks(group)}".encode()
+    name: bytes = job_store().compare_set(
+        f"offload/{xxhash.xxh3_128_hexdigest(key)}", "", os.urandom(12).hex()
+    )
     return name.decode()
 
 

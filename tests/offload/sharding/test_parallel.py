@@ -1,6 +1,7 @@
 """DDP, FSDP2 and tensor parallel under a store that shares: gradients as without one."""
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -79,17 +80,16 @@ def gradients(
 
 
 def compare(rank: int, name: str) -> None:
-    for autocast in (False, True):
-        for recompute in (False, True):
-            store = SavedTensorStore(shard=True, uniquify=True, min_bytes=0)
-            seed = 1 if name == "tensor_parallel" else rank
-            options = {"seed": seed, "autocast": autocast, "recompute": recompute}
-            plain = gradients(name, None, **options)
-            ours = gradients(name, store, **options)
-            assert all(map(torch.equal, plain, ours)), options
-            assert store.stats.held_bytes == 0
-            if not recompute and (autocast or name == "tensor_parallel"):
-                assert store.stats.num_by_stage.get("shared", 0) > 0, store.report()
+    for shard, autocast, recompute in product(("shared-memory", "all-gather"), (False, True), (False, True)):
+        store = SavedTensorStore(shard=shard, uniquify=True, min_bytes=0)
+        seed = 1 if name == "tensor_parallel" else rank
+        options = {"seed": seed, "autocast": autocast, "recompute": recompute}
+        plain = gradients(name, None, **options)
+        ours = gradients(name, store, **options)
+        assert all(map(torch.equal, plain, ours)), options
+        assert store.stats.held_bytes == 0
+        if not recompute and (autocast or name == "tensor_parallel"):
+            assert store.stats.num_by_stage.get("shared", 0) > 0, store.report()
 
 
 @pytest.mark.parametrize("name", WRAPS)
