@@ -2,10 +2,10 @@
 
 python -m bench.chaos --runs 200
 
-A run is 2 or 3 ranks and a few steps. In each, ranks save tensors of which some are equal, in orders of
-their own, some of them more than others; then one of the faults: nothing, a rank killed in forward, while it
-publishes or in backward, bytes in shared memory overwritten, a rank that raises in forward, never enters,
-never runs backward or runs it twice. Every gradient is compared with what it must be.
+A run is 2 or 3 ranks, a policy and a few steps. In each, ranks save tensors of which some are equal, in
+orders of their own, some of them more than others; then one of the faults: nothing, a rank killed in forward,
+while it publishes or gathers, or in backward, shared bytes overwritten, a rank that raises in forward, never
+enters, never runs backward or runs it twice. Every gradient is compared with what it must be.
 """
 
 import argparse
@@ -15,6 +15,8 @@ import random
 import signal
 import tempfile
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,15 @@ from bench.machine import keep, machine
 from bench.ranks import run_ranks
 from offload import RankMismatchError, SavedTensorStore
 from offload.sharding import shared_memory
+from offload.sharding.all_gather import AllGather
+from offload.sharding.base import Sharding
+from offload.sharding.channel import Channel
 from offload.sharding.shared_memory import SharedMemory
 
 FAULTS = (
     "none",
     "killed in forward",
-    "killed publishing",
+    "killed sharing",
     "killed in backward",
     "overwritten",
     "raises in forward",
@@ -39,13 +44,25 @@ FAULTS = (
     "no backward",
     "two backwards",
 )
+POLICIES = ("shared-memory", "all-gather")
+# Who depends on others to read is told when they do not come; who shares memory goes on.
+MAY_REFUSE = {
+    "shared-memory": frozenset({"overwritten"}),
+    "all-gather": frozenset(FAULTS) - {"none", "never enters"},
+}
 _MEMORY = "/dev/shm"
+_TIMEOUT_SECONDS = 4.0
 _SHAPES = ((64, 64), (512, 128), (1000, 3), (7,), (256, 1024))
 _NUM_STEPS = 3
 
 
-def run(seed: int, *, num_ranks: int | None = None) -> tuple[str, list[str]]:
+def run(seed: int, *, policy: str, num_ranks: int | None = None) -> tuple[str, list[str]]:
     """Run one random job and return its fault and how each rank ended: "right", "refused" or "killed".
+
+    Arguments:
+        seed: of the job; it chooses the fault.
+        policy: one of `POLICIES`.
+        num_ranks: 2 or 3 by chance where None.
 
     Raises:
         AssertionError: a rank ended wrong, or did not end, or something was left behind.
@@ -56,7 +73,7 @@ def run(seed: int, *, num_ranks: int | None = None) -> tuple[str, list[str]]:
     struck = chance.randrange(num_ranks)
     killed = frozenset({struck} if fault.startswith("killed") else ())
     with tempfile.TemporaryDirectory(dir=_MEMORY) as folder:
-        arguments = (str(seed), fault, str(struck), folder)
+        arguments = (str(seed), policy, fault, str(struck), folder)
         outputs = run_ranks("bench.chaos:rank_of_run", *arguments, num_ranks=num_ranks, killed=killed)
         shared_memory.remove_abandoned(Path(folder))
         left = list(Path(folder).iterdir())
@@ -64,24 +81,32 @@ def run(seed: int, *, num_ranks: int | None = None) -> tuple[str, list[str]]:
     return fault, ["killed" if rank in killed else outputs[rank].split()[-1] for rank in range(num_ranks)]
 
 
-def rank_of_run(rank: int, seed: str, fault: str, struck: str, folder: str) -> None:
+def rank_of_run(rank: int, seed: str, policy: str, fault: str, struck: str, folder: str) -> None:
     """Run this rank's steps and print how they ended."""
     mine = fault if rank == int(struck) else "none"
-    policy = SharedMemory(directory=folder)
-    store = SavedTensorStore(shard=policy, uniquify=int(seed) % 2 == 1)
+    sharding: Sharding = SharedMemory(directory=folder)
+    if policy == "all-gather":
+        sharding = AllGather(timeout_seconds=_TIMEOUT_SECONDS)
+    store = SavedTensorStore(shard=sharding, uniquify=int(seed) % 2 == 1)
     ended = "right"
     for step in range(_NUM_STEPS):
         chance = random.Random(f"{seed} {step} {rank}")
         now = mine if step == int(seed) % _NUM_STEPS else "none"
         try:
-            _step(store, _values(int(seed) + step, chance), fault=now, folder=Path(folder))
+            _step(
+                store,
+                _values(int(seed) + step, chance),
+                fault=now,
+                overwrite=partial(_overwrite, sharding, folder),
+            )
         except RankMismatchError:
-            assert fault == "overwritten", f"refused although {fault}"
+            assert fault in MAY_REFUSE[policy], f"refused although {fault}"
             ended = "refused"
-        if mine == "killed publishing":
+        if mine == "killed sharing":
             # From here on: its death comes when it finds something to publish, or at the end.
             shared_memory._mapped = _die
-    if mine == "killed publishing":
+            Channel.wait = _die  # type: ignore[method-assign]
+    if mine == "killed sharing":
         _die()
     print(ended, flush=True)
     os._exit(0)  # a group whose rank died would wait for it
@@ -102,7 +127,9 @@ def _values(seed: int, chance: random.Random) -> list[Tensor]:
     return common[: chance.randrange(4, len(common) + 1)] + own
 
 
-def _step(store: SavedTensorStore, values: list[Tensor], *, fault: str, folder: Path) -> None:
+def _step(
+    store: SavedTensorStore, values: list[Tensor], *, fault: str, overwrite: Callable[[], None]
+) -> None:
     weights = [torch.ones_like(value, requires_grad=True) for value in values]
     if fault == "never enters":
         return
@@ -118,7 +145,7 @@ def _step(store: SavedTensorStore, values: list[Tensor], *, fault: str, folder: 
     for _ in range(20):
         store.report()  # looks at what the others announced meanwhile
     if fault == "overwritten":
-        _overwrite(folder)
+        overwrite()
     if fault == "no backward":
         return
     loss = torch.stack(losses).sum()
@@ -137,8 +164,12 @@ def _step(store: SavedTensorStore, values: list[Tensor], *, fault: str, folder: 
     assert store.stats.held_bytes == 0
 
 
-def _overwrite(folder: Path) -> None:
-    for path in [path for job in folder.iterdir() for path in job.iterdir()]:
+def _overwrite(sharding: Sharding, folder: str) -> None:
+    """Change what this rank shares: its ranges, or all files."""
+    if isinstance(sharding, AllGather) and sharding._stretch is not None:
+        for lease in sharding._stretch._leases.values():
+            lease._shard[:1] += 1
+    for path in [path for job in Path(folder).iterdir() for path in job.iterdir()]:
         if len(path.name) == 32:
             try:
                 with path.open("r+b") as file:
@@ -156,10 +187,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first run (default 0)")
     parser.add_argument("--keep", action="store_true", help="also write the result to bench/results/")
     options = parser.parse_args()
-    ends: dict[str, Counter[str]] = {fault: Counter() for fault in FAULTS}
+    ends: dict[str, Counter[str]] = {
+        f"{policy}, {fault}": Counter() for policy in POLICIES for fault in FAULTS
+    }
     for seed in tqdm(range(options.seed, options.seed + options.runs), unit="run"):
-        fault, ranks = run(seed)
-        ends[fault].update(ranks)
+        policy = POLICIES[seed // len(FAULTS) % len(POLICIES)]
+        fault, ranks = run(seed, policy=policy)
+        ends[f"{policy}, {fault}"].update(ranks)
     result = {"num_runs": options.runs, "first_seed": options.seed, "ranks_ended": ends, "machine": machine()}
     if options.keep:
         keep("chaos", result)

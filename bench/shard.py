@@ -1,5 +1,5 @@
-"""What sharing costs: forward and backward of a replicated step whose ranks share each activation, over the
-same step without a store and with one that does not share.
+"""What sharing costs: forward and backward of a replicated step whose ranks share each activation, through
+memory, by all-gather one ahead and by all-gather on demand, over the same step without a store.
 
 python -m bench.shard --json
 """
@@ -12,6 +12,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,9 @@ from torch import Tensor
 from bench.machine import keep, machine
 from bench.ranks import run_ranks
 from offload import SavedTensorStore
+from offload.sharding.gathers import Gathers
 
+_ON_DEMAND = "on demand"
 _WIDTH = 1024
 _NUM_LAYERS = 4
 _MIB = 2**20
@@ -37,10 +40,12 @@ def measure_rank(rank: int, size_mib: str, num_rounds: str, folder: str) -> None
         for _ in range(_NUM_LAYERS)
     ]
     rows = int(size_mib) * _MIB // (4 * _WIDTH)
-    ways: dict[str, Any] = {
+    ways: dict[str, SavedTensorStore | None] = {
         "no store": None,
         "store": SavedTensorStore(),
-        "shard": SavedTensorStore(shard=True),
+        "shared memory": SavedTensorStore(shard="shared-memory"),
+        "all-gather": SavedTensorStore(shard="all-gather"),
+        _ON_DEMAND: SavedTensorStore(shard="all-gather"),
     }
     seconds: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": []} for name in ways}
     held = dict.fromkeys(ways, 0.0)
@@ -54,7 +59,8 @@ def measure_rank(rank: int, size_mib: str, num_rounds: str, folder: str) -> None
             held[name] = store.stats.held_bytes / _MIB if store is not None else 0.0
             dist.barrier()
             start = time.perf_counter()
-            loss.backward()
+            with _without_prefetch() if name == _ON_DEMAND else nullcontext():
+                loss.backward()
             if number:
                 seconds[name]["forward"].append(forward_seconds)
                 seconds[name]["backward"].append(time.perf_counter() - start)
@@ -63,6 +69,10 @@ def measure_rank(rank: int, size_mib: str, num_rounds: str, folder: str) -> None
         for name, times in seconds.items()
     }
     Path(folder, f"{rank}.json").write_text(json.dumps(medians))
+
+
+def _without_prefetch() -> AbstractContextManager[Any]:
+    return patch.object(Gathers, "_begin_one_ahead", lambda *_: None)
 
 
 def _timed_forward(
@@ -119,11 +129,11 @@ def main() -> None:
 
 
 def _table(result: dict[str, Any]) -> str:
-    lines = [f"{'':28} {'held MiB':>9} {'forward':>8} {'backward':>9}"]
+    lines = [f"{'':32} {'held MiB':>9} {'forward':>8} {'backward':>9}"]
     for what, rows in result.items():
         for name, row in rows.items():
             times = f"{row['forward_over_no_store']:>7.2f}x {row['backward_over_no_store']:>8.2f}x"
-            lines.append(f"{what:18} {name:9} {row['held_mib']:>9.1f} {times}")
+            lines.append(f"{what:18} {name:13} {row['held_mib']:>9.1f} {times}")
     return "\n".join(lines)
 
 
