@@ -1,6 +1,9 @@
 """What the store costs and saves on a plain LLaMA training step, beside no store and beside `save_on_cpu`.
 
 python -m bench.step --json
+
+With --ranks N it is a distributed step: what the group holds under DDP, FSDP2 and tensor parallel, and which
+tensors are shared. No times then.
 """
 
 import argparse
@@ -11,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.autograd.graph import save_on_cpu
 
-from bench.llama import DTYPES, LlamaStep
+from bench.llama import DTYPES, LlamaStep, plain_bytes
 from bench.machine import keep, machine
+from bench.parallel import measure_parallel
+from bench.parallel import table as parallel_table
 from bench.rounds import median_ratio, step_seconds
 from offload import SavedTensorStore
 
@@ -25,8 +30,8 @@ def measure(dtype: str, *, num_rounds: int) -> dict[str, Any]:
     llama.step(nullcontext()).backward()
     plain = llama.gradients()
     rows: dict[str, Any] = {
-        "no store": {"held_bytes": _plain_bytes(llama)["storage"]},
-        "save_on_cpu": {"held_bytes": _plain_bytes(llama)["saved"]},
+        "no store": {"held_bytes": plain_bytes(llama)["storage"]},
+        "save_on_cpu": {"held_bytes": plain_bytes(llama)["saved"]},
         "dedupe": _store_row(llama, plain, uniquify=False),
         "dedupe+uniquify": _store_row(llama, plain, uniquify=True),
     }
@@ -45,25 +50,6 @@ def measure(dtype: str, *, num_rounds: int) -> dict[str, Any]:
 
 def _entering(store: SavedTensorStore) -> SavedTensorStore:
     return store  # one store for the whole of training, as a user has
-
-
-def _plain_bytes(llama: LlamaStep) -> dict[str, int]:
-    """Count what autograd saves with nothing around it: `saved` as a store that copies each save
-    (`save_on_cpu`, of a tensor on a GPU) holds it, `storage` as PyTorch holds it; parameters left out.
-    """
-    saved, storages = [0], {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        base = tensor._base
-        if not isinstance(tensor, torch.nn.Parameter) and not isinstance(base, torch.nn.Parameter):
-            saved[0] += tensor.nbytes
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage
-        return tensor.detach()
-
-    loss = llama.step(saved_tensors_hooks(pack, lambda tensor: tensor))
-    del loss
-    return {"saved": saved[0], "storage": sum(storage.nbytes() for storage in storages.values())}
 
 
 def _store_row(llama: LlamaStep, plain: list[Tensor], *, uniquify: bool) -> dict[str, Any]:
@@ -88,18 +74,21 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=60, help="timed steps of each way; the median is told (default 60)"
     )
+    parser.add_argument("--ranks", type=int, default=1, help="ranks of the job (default 1)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--keep", action="store_true", help="also write it to bench/results/")
     options = parser.parse_args()
     dtypes = options.dtype or DTYPES
-    result = {dtype: measure(dtype, num_rounds=options.rounds) for dtype in dtypes} | {"machine": machine()}
+    if options.ranks > 1:
+        result = {dtype: measure_parallel(dtype, num_ranks=options.ranks) for dtype in dtypes}
+        text = "\n".join(f"{each}\n{parallel_table(result[each])}" for each in dtypes)
+    else:
+        result = {dtype: measure(dtype, num_rounds=options.rounds) for dtype in dtypes}
+        text = "\n".join(_table(each, result[each]) for each in dtypes)
+    result |= {"machine": machine()}
     if options.keep:
-        keep("step", result)
-    print(
-        json.dumps(result, indent=1)
-        if options.json
-        else "\n".join(_table(each, result[each]) for each in dtypes)
-    )
+        keep(f"step-ranks{options.ranks}" if options.ranks > 1 else "step", result)
+    print(json.dumps(result, indent=1) if options.json else text)
 
 
 def _table(dtype: str, rows: dict[str, Any]) -> str:
