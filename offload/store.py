@@ -8,8 +8,10 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -26,6 +28,9 @@ from offload.sharding.base import Sharding
 from offload.site import Sites
 from offload.stats import Counts, Ledger, Row, Stats
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 
 class SavedTensorStore:
     """Holds what autograd saves inside the context, each content once.
@@ -39,14 +44,16 @@ class SavedTensorStore:
             of its own: what a store that copies each save would hold.
         uniquify: hold tensors of few distinct scalars or rows as a table and a packed index, without losing a
             bit. True takes the default codecs; a sequence of codecs takes those.
-        shard: hold once what several ranks hold alike: True, the name of a policy ("shared-memory"), or a
-            policy of `offload.sharding`. With one rank or no process group it does nothing.
+        shard: hold once what several ranks hold alike: True, the name of a policy ("auto", which is what
+            True takes, "shared-memory" or "all-gather"), or a policy of `offload.sharding`. With one rank or
+            no process group it does nothing.
+        group: whose ranks share, all where None: a process group, or one dimension of a device mesh.
         min_bytes: tensors on smaller storages are kept by reference.
 
     Raises:
         TypeError: `uniquify` holds something that is not a codec.
         ValueError: `min_bytes` is negative, `shard` names no policy, or is given without `dedupe`, whose
-            hashes it goes by.
+            hashes it goes by; `group` is given without the name of a policy, or has several dimensions.
     """
 
     def __init__(
@@ -55,6 +62,7 @@ class SavedTensorStore:
         dedupe: bool = True,
         uniquify: bool | Sequence[Codec] = False,
         shard: bool | str | Sharding = False,
+        group: "dist.ProcessGroup | DeviceMesh | None" = None,
         min_bytes: int = 4096,
     ) -> None:
         if min_bytes < 0:
@@ -69,7 +77,7 @@ class SavedTensorStore:
             _codecs_of(uniquify=uniquify),
             dedupe=dedupe,
             min_bytes=min_bytes,
-            sharding=sharding_of(shard=shard),
+            sharding=sharding_of(shard=shard, group=group),
             ledger=self._ledger,
         )
         self._sites = Sites()

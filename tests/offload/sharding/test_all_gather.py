@@ -4,11 +4,13 @@ import os
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from bench.ranks import run_ranks
 from offload import RankMismatchError, SavedTensorStore
@@ -229,6 +231,34 @@ def by_host(rank: int) -> None:
             torch.stack(losses).sum().backward()
             check(weights, equal_values(2, seed=number))
         dist.barrier()
+
+
+def meshed(rank: int) -> None:
+    """Two by two ranks; values are equal along the second dimension only."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    for shard in ("all-gather", "shared-memory", True):
+        store = SavedTensorStore(shard=shard, group=mesh["tensor"])
+        values = equal_values(2, seed=rank // 2)
+        with store:
+            weights, losses = saving(values)
+        agreed(store)
+        assert store.stats.num_by_stage.get("shared") == 2
+        assert store.stats.group_held_bytes == 2 * MIB
+        torch.stack(losses).sum().backward()
+        check(weights, values)
+        dist.barrier()
+
+
+def test_ranks_along_one_dimension_of_a_mesh() -> None:
+    run_ranks(f"{__name__}:meshed", num_ranks=4)
+
+
+def test_a_group_needs_a_policy_by_name_and_one_dimension() -> None:
+    mesh = SimpleNamespace(ndim=2)
+    with pytest.raises(ValueError, match="group is given beside shard=False"):
+        SavedTensorStore(group=mesh)
+    with pytest.raises(ValueError, match="group is a mesh of 2 dimensions"):
+        SavedTensorStore(shard=True, group=mesh)
 
 
 def test_several_hosts_gather_and_one_host_does_not() -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
@@ -36,6 +36,10 @@ def fsdp(model: nn.Module) -> nn.Module:
     return fully_shard(model)
 
 
+def fsdp1(model: nn.Module) -> nn.Module:
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+
+
 def tensor_parallel(model: nn.Module) -> nn.Module:
     plan = {"first": ColwiseParallel(), "second": RowwiseParallel()}
     return parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
@@ -44,6 +48,7 @@ def tensor_parallel(model: nn.Module) -> nn.Module:
 WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "ddp": ddp,
     "fsdp": fsdp,
+    "fsdp1": fsdp1,
     "tensor_parallel": tensor_parallel,
 }
 
@@ -73,10 +78,10 @@ def gradients(
             dist.barrier()
             store.report()
         loss.backward()
-    return [
-        getattr(parameter.grad, "to_local", lambda parameter=parameter: parameter.grad)()
-        for parameter in model.parameters()
-    ]
+    # FSDP1 leaves a rank without a gradient of a parameter of which it holds nothing.
+    found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert found
+    return [getattr(gradient, "_local_tensor", gradient) for gradient in found]
 
 
 def compare(rank: int, name: str) -> None:
