@@ -27,7 +27,7 @@ from tqdm import tqdm
 from bench.machine import keep, machine
 from bench.ranks import run_ranks
 from offload import RankMismatchError, SavedTensorStore
-from offload.sharding import shared_memory
+from offload.sharding import arena, shared_memory
 from offload.sharding.all_gather import AllGather
 from offload.sharding.base import Sharding
 from offload.sharding.channel import Channel
@@ -104,7 +104,7 @@ def rank_of_run(rank: int, seed: str, policy: str, fault: str, struck: str, fold
             ended = "refused"
         if mine == "killed sharing":
             # From here on: its death comes when it finds something to publish, or at the end.
-            shared_memory._mapped = _die
+            arena._write_all = _die
             Channel.wait = _die  # type: ignore[method-assign]
     if mine == "killed sharing":
         _die()

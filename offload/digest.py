@@ -26,4 +26,10 @@ def digest_of(source: Tensor) -> bytes:
 
 def digest_of_bytes(flat: Tensor) -> bytes:
     """Return the xxh3-128 digest of `flat`, contiguous uint8 `[n]` on the CPU, 16 bytes."""
-    return xxhash.xxh3_128_digest(_memory_view(flat.data_ptr(), flat.numel(), _READ_ONLY))
+    return xxhash.xxh3_128_digest(view_of(flat))
+
+
+def view_of(flat: Tensor) -> memoryview:
+    """Return the bytes of `flat`, contiguous uint8 `[n]` on the CPU, to be read while the tensor lives."""
+    view: memoryview = _memory_view(flat.data_ptr(), flat.numel(), _READ_ONLY)
+    return view

@@ -35,6 +35,10 @@ class Lease(ABC):
         ranks agreed on.
         """
 
+    @abstractmethod
+    def read_own(self) -> Tensor:
+        """Return the bytes as `read` does, the caller's to keep and to write to."""
+
 
 Place = Callable[[Tensor, bytes], Lease | None]
 """From uint8 `[n]` and its digest to a lease of equal bytes; None where there is none yet."""
@@ -90,6 +94,13 @@ class Part:
             return self._tensor
         assert self._lease is not None
         return self._lease.read().view(self._dtype).view(self._shape)
+
+    def read_own(self) -> Tensor:
+        """Return the tensor as `read` does, the caller's to keep and to write to."""
+        if self._tensor is not None:
+            return self._tensor.clone()
+        assert self._lease is not None
+        return self._lease.read_own().view(self._dtype).view(self._shape)
 
     @property
     def is_shared(self) -> bool:

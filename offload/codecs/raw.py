@@ -43,5 +43,4 @@ class RawPayload(Payload):
 
     def decode(self) -> Tensor:
         """Return a copy of the copy: what autograd gets may be written to."""
-        flat = self._flat.read()
-        return flat.clone() if self._flat.is_near else flat  # what was gathered is nobody else's
+        return self._flat.read_own()

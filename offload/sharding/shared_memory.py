@@ -9,7 +9,6 @@ import contextlib
 import os
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 import xxhash
 from torch import Tensor
@@ -18,6 +17,7 @@ from offload.digest import digest_of_bytes
 from offload.errors import RankMismatchError, StoreError
 from offload.part import Lease
 from offload.sharding.announced import Announced
+from offload.sharding.arena import Arena, Published
 from offload.sharding.base import MIN_BYTES, Sharding
 from offload.sharding.folder import Folder, remove_abandoned
 from offload.sharding.group import group_of, host_name, job_store
@@ -44,19 +44,21 @@ class SharedMemory(Sharding):
         self._group = group
         self._directory = Path(directory)
         self._joined: dist.ProcessGroup | None = None
-        self._folder: Folder | None = None
+        self._arena: Arena | None = None
         self._announced: Announced | None = None
 
     @property
     def is_joined(self) -> bool:
         """Whether this rank is in the folder."""
-        return self._folder is not None
+        return self._arena is not None
 
     def begin_step(self, ledger: Ledger) -> None:
         """Join the ranks of this host at the first call."""
         group = group_of(self._group)
         if group is not None and group is not self._joined:
             self._join(group)
+        if self._arena is not None:
+            self._arena.begin_step()
         self.look()
 
     def look(self) -> None:
@@ -77,16 +79,15 @@ class SharedMemory(Sharding):
         """Adopt what another rank published, or publish `flat`; None while another rank is at it, where there
         is no room, and for bytes that are few or not on the CPU.
         """
-        if self._folder is None or flat.device.type != "cpu" or flat.numel() < MIN_BYTES:
+        if self._arena is None or flat.device.type != "cpu" or flat.numel() < MIN_BYTES:
             return None
-        path = self._folder.path / digest.hex()
-        shared = _adopt(path, digest, flat.numel())
-        published = shared is None
-        if shared is None:
-            shared = _publish(path, digest, flat)
-        if shared is None:
-            return None
-        return _FileLease(shared, digest, path=path if published else None, folder=self._folder)
+        adopted = self._arena.adopt(digest, flat.numel())
+        if adopted is not None:
+            return _FileLease(adopted, digest, arena=self._arena, published=None)
+        published = self._arena.publish(digest, flat)
+        if published is not None:
+            return _FileLease(published[:2], digest, arena=self._arena, published=published[2])
+        return None
 
     def group_held_bytes(self, held_bytes: int) -> int:
         """Return the sum over the ranks of this host, each as it last told."""
@@ -98,33 +99,36 @@ class SharedMemory(Sharding):
                 f"sharing saved tensors through memory needs the folder {self._directory}, which is not "
                 "there; mount a tmpfs, or give SharedMemory(directory=...)"
             )
-        self._joined, self._folder, self._announced = group, None, None
+        self._joined, self._arena, self._announced = group, None, None
         # No room, or a store that cannot compare and set: this rank stays for itself.
         with contextlib.suppress(OSError, RuntimeError, AttributeError):
             remove_abandoned(self._directory)
             folder = Folder(self._directory, _job_name(group, self._directory))
             self._announced = Announced(folder.path, rank=dist.get_rank())
-            self._folder = folder
+            self._arena = Arena(folder)
 
 
 class _FileLease(Lease):
-    """A hold of a file's bytes. The publisher's end takes the name away; the bytes live as long as a rank
-    maps them.
+    """A hold of a file's bytes, as two mappings: one stays, the other is handed out once. The bytes live as
+    long as either is mapped by any rank.
     """
 
-    __slots__ = ("_digest", "_folder", "_num_holders", "_path", "_shared")
+    __slots__ = ("_arena", "_digest", "_kept", "_num_holders", "_published", "_spare")
 
-    def __init__(self, shared: Tensor, digest: bytes, *, path: Path | None, folder: Folder) -> None:
-        self._shared = shared
+    def __init__(
+        self, mappings: tuple[Tensor, Tensor], digest: bytes, *, arena: Arena, published: Published | None
+    ) -> None:
+        self._kept = mappings[0]
+        self._spare: Tensor | None = mappings[1]
         self._digest = digest
         self._num_holders = 1
-        self._path = path
-        self._folder = folder  # kept while anything in it is held
+        self._published = published
+        self._arena = arena  # kept while anything in it is held
 
     @property
     def num_bytes(self) -> int:
         """An equal share of the file."""
-        return -(-self._shared.numel() // self._num_holders)
+        return -(-self._kept.numel() // self._num_holders)
 
     @property
     def is_near(self) -> bool:
@@ -140,19 +144,22 @@ class _FileLease(Lease):
 
     def read(self) -> Tensor:
         """Return the bytes; raises RankMismatchError if they are not those that were agreed."""
-        found = digest_of_bytes(self._shared)
+        return self._checked(self._kept)
+
+    def read_own(self) -> Tensor:
+        """Return the mapping that is to be handed out, a copy the next time."""
+        spare, self._spare = self._spare, None
+        return self._checked(spare) if spare is not None else self.read().clone()
+
+    def _checked(self, mapping: Tensor) -> Tensor:
+        found = digest_of_bytes(mapping)
         if found != self._digest:
             raise RankMismatchError(
-                f"its {self._shared.numel()} bytes in shared memory have digest {found.hex()} now and had "
+                f"its {mapping.numel()} bytes in shared memory have digest {found.hex()} now and had "
                 f"{self._digest.hex()} when they were agreed: another process wrote to them. Run the step "
                 "again; if it comes back, use shard=False and report it."
             )
-        return self._shared
-
-    def __del__(self) -> None:
-        if self._path is not None and os.getpid() == self._folder.owner:
-            with contextlib.suppress(OSError):
-                self._path.unlink()
+        return mapping
 
 
 def _job_name(group: "dist.ProcessGroup", directory: Path) -> str:
@@ -165,48 +172,3 @@ def _job_name(group: "dist.ProcessGroup", directory: Path) -> str:
         f"offload/{xxhash.xxh3_128_hexdigest(key)}", "", os.urandom(12).hex()
     )
     return name.decode()
-
-
-def _adopt(path: Path, digest: bytes, num_bytes: int) -> Tensor | None:
-    try:
-        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        if os.fstat(file).st_size != num_bytes:
-            return None
-        shared = _mapped(file, num_bytes)
-        return shared if digest_of_bytes(shared) == digest else None
-    except (OSError, RuntimeError):  # no more files or mappings for this process
-        return None
-    finally:
-        os.close(file)
-
-
-def _publish(path: Path, digest: bytes, flat: Tensor) -> Tensor | None:
-    """Return `flat`'s bytes in a file that gets the name `path` once they are in it; None where another rank
-    is the publisher, or the file system has no room.
-    """
-    part = path.with_suffix(".part")
-    try:
-        file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except OSError:
-        return None
-    try:
-        os.posix_fallocate(file, 0, flat.numel())  # a write past the room there is would be SIGBUS
-        shared = _mapped(file, flat.numel()).copy_(flat)
-        if digest_of_bytes(shared) != digest:
-            return None
-        path.hardlink_to(part)  # fails where another rank was quicker
-        return shared
-    except (OSError, RuntimeError):
-        return None
-    finally:
-        os.close(file)
-        with contextlib.suppress(OSError):
-            part.unlink()
-
-
-def _mapped(file: int, num_bytes: int) -> Tensor:
-    # By the open file, since a name may go at any time; the mapping outlives both.
-    return torch.from_file(f"/proc/self/fd/{file}", shared=True, size=num_bytes, dtype=torch.uint8)

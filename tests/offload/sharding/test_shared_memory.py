@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.ranks import run_ranks
 from offload import RankMismatchError, SavedTensorStore
-from offload.sharding import shared_memory
+from offload.sharding import arena, shared_memory
 from offload.sharding.shared_memory import SharedMemory
 
 MIB = 1 << 20
@@ -97,7 +97,9 @@ def replicated(rank: int, memory: str) -> None:
             del loss
             assert store.stats.held_bytes == 0
             dist.barrier()
-            assert files(memory) == []
+        del store
+        dist.barrier()
+        assert files(memory) == []
 
 
 def differing(rank: int, memory: str) -> None:
@@ -152,10 +154,10 @@ def alone(rank: int, memory: str) -> None:
 
 def killed(rank: int, memory: str, moment: str) -> None:
     store = sharing(memory)
+    step(store, equal_values(4, seed=33))
     values = equal_values(4, seed=3)
-    step(store, values)
     if rank == 1 and moment == "publish":
-        shared_memory._mapped = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        arena._write_all = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
     with store:
         weights, loss = saving([value.clone() for value in values])
         if rank == 1 and moment == "forward":
