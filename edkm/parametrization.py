@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from edkm.config import DKMConfig
-from edkm.dkm import dkm
+from edkm.fused import fused_dkm
 from edkm.init import starting_centroids
 from edkm.palette import Palette
 
@@ -79,7 +79,7 @@ class ClusteredWeight(nn.Module):
     def _cluster(self, weight: torch.Tensor) -> torch.Tensor:
         wide = weight.detach().to(self.centroids.dtype)
         variance = wide.var(correction=0).clamp(min=torch.finfo(wide.dtype).tiny)
-        clustered, centroids = dkm(
+        clustered, centroids = fused_dkm(
             weight,
             self.centroids,
             temperature=variance * self.config.temperature_at(int(self.num_steps_done)),
