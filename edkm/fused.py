@@ -83,8 +83,9 @@ class _Fused(torch.autograd.Function):
         )
         ctx.temperature, ctx.rules = None if is_tensor else temperature, rules
         ctx.set_materialize_grads(False)
-        moved = walked.path[-1].to(rules.wide, copy=True)
-        return clustered, moved.reshape(centroids.shape)
+        moved = torch.empty(centroids.shape, dtype=rules.wide, device=centroids.device)
+        moved.view(walked.path.shape[1:]).copy_(walked.path[-1])
+        return clustered, moved
 
     @staticmethod
     def backward(

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-# Entries of a piece's map: a few such maps fit into a core's cache.
-_PIECE_ENTRIES = 1 << 17
+# Entries of a piece's map: on a CPU a few such maps fit into a core's cache, elsewhere they fill the device.
+_CPU_PIECE_ENTRIES = 1 << 18
+_PIECE_ENTRIES = 1 << 24
 
 _Place = tuple[slice, slice]  # which groups, and which of their rows
 
@@ -138,11 +139,11 @@ def means_backward(
 
 
 def _places(rows: Rows, num_centroids: int) -> Iterator[list[_Place]]:
-    """Pieces of about `_PIECE_ENTRIES`: for each few groups, those of their rows; one at least."""
+    """The pieces of a pass: for each few groups, those of their rows, one at least."""
     num_groups, num_rows, _ = rows.values.shape
-    num_entries = max(1, num_rows * num_centroids)
-    groups_at_once = max(1, _PIECE_ENTRIES // num_entries)
-    rows_at_once = max(1, _PIECE_ENTRIES // num_centroids)
+    num_entries = _CPU_PIECE_ENTRIES if rows.values.device.type == "cpu" else _PIECE_ENTRIES
+    groups_at_once = max(1, num_entries // max(1, num_rows * num_centroids))
+    rows_at_once = max(1, num_entries // num_centroids)
     for group in range(0, num_groups, groups_at_once):
         groups = slice(group, group + groups_at_once)
         yield [(groups, slice(row, row + rows_at_once)) for row in range(0, max(1, num_rows), rows_at_once)]

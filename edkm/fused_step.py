@@ -51,11 +51,11 @@ def forward(arguments: Arguments, *, rules: Rules) -> tuple[torch.Tensor, Walk]:
         _check_work(arguments, rules)
     rows = _rows(arguments, table, wide=rules.wide)
     walked = walk(rows, as_groups(arguments.centroids).to(rows.dtype), rules=rules)
-    clustered = torch.empty(rows.values.shape, dtype=weight.dtype, device=weight.device)
-    assign(rows, walked.path[-2], after=walked.path[-1], into=clustered)
-    if table is None:
-        return clustered.view(weight.shape), walked
-    return table.look_up(weight, clustered.squeeze(2)), walked
+    # Not a view of what is filled here: autograd refuses in-place changes of a returned view.
+    shape = weight.shape if table is None else rows.values.shape
+    clustered = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+    assign(rows, walked.path[-2], after=walked.path[-1], into=clustered.view(rows.values.shape))
+    return clustered if table is None else table.look_up(weight, clustered.squeeze(2)), walked
 
 
 def backward(
@@ -137,6 +137,6 @@ def _check_work(arguments: Arguments, rules: Rules) -> None:
         seconds = work * _SECONDS_PER_WORK
         raise ValueError(
             f"fused_dkm of {weight.numel():,} weights in {weight.dtype}, {num_centroids} centroids and "
-            f"{rules.iterations} iterations would take about {seconds:,.0f} s a step: give a float16 or bfloat16 "
-            "weight in one group and not in vectors, which takes under a second, or fewer bits"
+            f"{rules.iterations} iterations would take about {seconds:,.0f} s a step: give a float16 or "
+            "bfloat16 weight in one group and not in vectors, which takes under a second, or fewer bits"
         )

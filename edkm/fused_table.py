@@ -12,7 +12,8 @@ import torch
 
 _NUM_PATTERNS = 1 << 16
 _HALF = _NUM_PATTERNS // 2
-_CHUNK = 1 << 18
+_CPU_CHUNK = 1 << 18
+_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Table:
         slopes, heights = self._spread(slope.float()), self._spread(height.float())
         places = zip(self._groups(weight, at), self._groups(weight, result), strict=True)
         for steep, high, ((group, given), (_, target)) in zip(slopes, heights, places, strict=True):
-            for (keys, x), part in zip(_chunks(group, given), torch.split(target, _CHUNK), strict=True):
+            for (keys, x), part in zip(_chunks(group, given), _split(target), strict=True):
                 part.copy_(high.index_select(0, keys).addcmul_(steep.index_select(0, keys), x.float()))
         return result
 
@@ -92,14 +93,19 @@ class Table:
 
 def _count(weight: torch.Tensor) -> torch.Tensor:
     counts = torch.zeros(_NUM_PATTERNS, dtype=torch.int64, device=weight.device)
-    for part in torch.split(weight, _CHUNK):
+    for part in _split(weight):
         counts += torch.bincount(_keys(part), minlength=_NUM_PATTERNS)
     return counts
 
 
 def _chunks(weight: torch.Tensor, beside: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for part, other in zip(torch.split(weight, _CHUNK), torch.split(beside, _CHUNK), strict=True):
+    for part, other in zip(_split(weight), _split(beside), strict=True):
         yield _keys(part), other
+
+
+def _split(flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    chunks: tuple[torch.Tensor, ...] = torch.split(flat, _CPU_CHUNK if flat.device.type == "cpu" else _CHUNK)
+    return chunks
 
 
 def _keys(weight: torch.Tensor) -> torch.Tensor:
