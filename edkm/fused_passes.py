@@ -27,12 +27,14 @@ class Rows:
         counts: `[G, N]` in `dtype`, how often each row stands in the weight; None is once.
         temperature: above 0; a tensor is 0-d and in `dtype`.
         dtype: to compute in.
+        needs_temperature: whether its gradient is wanted.
     """
 
     values: torch.Tensor
     counts: torch.Tensor | None
     temperature: float | torch.Tensor
     dtype: torch.dtype
+    needs_temperature: bool
 
 
 @dataclass(frozen=True)
@@ -157,8 +159,8 @@ def _summed(
     for places in _places(rows, num_centroids):
         # Stacked, they are added in pairs.
         pieces = zip(*[terms(place) for place in places], strict=True)
-        blocks.append([torch.stack(each).sum(dim=0) for each in pieces])
-    return [torch.cat(each) for each in zip(*blocks, strict=True)]
+        blocks.append([torch.stack(each).sum(dim=0) if len(each) > 1 else each[0] for each in pieces])
+    return [torch.cat(each) if len(each) > 1 else each[0] for each in zip(*blocks, strict=True)]
 
 
 def _piece(rows: Rows, place: _Place) -> torch.Tensor:
@@ -212,7 +214,7 @@ def _distance_backward(
         if counts is not None:
             product.mul_(counts.unsqueeze(1))
         to_centroids.append(product.sum(dim=2))
-        if isinstance(rows.temperature, torch.Tensor):
+        if rows.needs_temperature:
             to_temperature = to_temperature + product.mul_(difference).sum(dim=(1, 2)).unsqueeze(1)
     return [torch.stack(to_centroids, dim=2), to_temperature]
 

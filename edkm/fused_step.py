@@ -119,15 +119,16 @@ def _table(arguments: Arguments) -> Table | None:
 
 def _rows(arguments: Arguments, table: Table | None, *, wide: torch.dtype) -> Rows:
     groups, temperature = as_groups(arguments.centroids), arguments.temperature
+    needs_temperature = isinstance(temperature, torch.Tensor) and temperature.requires_grad
     # So few rows cost nothing in float64, and sums over counts are exact.
     dtype = wide if table is None else torch.float64
     if isinstance(temperature, torch.Tensor):
         temperature = temperature.detach().reshape(()).to(device=groups.device, dtype=dtype)
     if table is None:
-        values = arguments.weight.reshape(groups.shape[0], -1, groups.shape[2])
-        return Rows(values, None, temperature, dtype)
-    values = table.values.reshape(1, -1, 1).expand(groups.shape[0], -1, 1)
-    return Rows(values, table.counts, temperature, dtype)
+        values, counts = arguments.weight.reshape(groups.shape[0], -1, groups.shape[2]), None
+    else:
+        values, counts = table.values.reshape(1, -1, 1).expand(groups.shape[0], -1, 1), table.counts
+    return Rows(values, counts, temperature, dtype, needs_temperature)
 
 
 def _check_work(arguments: Arguments, rules: Rules) -> None:
