@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from edkm.dkm import as_groups, check, dkm
-from edkm.fused_step import Arguments, Incoming, backward, forward
+from edkm.fused_step import Arguments, Incoming, backward, forward, through
 from edkm.fused_walk import Rules, Walk
 
 
@@ -53,6 +53,32 @@ def fused_dkm(
             the table road on a CPU, more than 2**33 weights x centroids x iterations (3 iterations at 8 bits
             for 11 million fp32 weights), which would take minutes a step.
     """
+    return fused_through(
+        weight,
+        centroids,
+        temperature=temperature,
+        iterations=iterations,
+        epsilon=epsilon,
+        fixed_zero=fixed_zero,
+        table_dtype=None,
+    )
+
+
+def fused_through(
+    weight: torch.Tensor,
+    centroids: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor,
+    iterations: int,
+    epsilon: float = 0.0,
+    fixed_zero: bool = False,
+    table_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`fused_dkm` of a wider weight as if it were cast to `table_dtype`, float16 or bfloat16.
+
+    Only where that puts it on the table road; the gradient goes straight through the cast, and nothing else
+    is rounded.
+    """
     groups = as_groups(centroids)
     check(weight, groups, temperature=temperature, iterations=iterations, epsilon=epsilon)
     if isinstance(temperature, torch.Tensor) and temperature.numel() != 1:
@@ -61,7 +87,9 @@ def fused_dkm(
         )
     wide = torch.promote_types(torch.promote_types(weight.dtype, centroids.dtype), torch.float32)
     rules = Rules(iterations=iterations, epsilon=epsilon, fixed_zero=fixed_zero, wide=wide)
-    clustered, moved = _Fused.apply(weight, centroids, temperature, rules)  # type: ignore[no-untyped-call]
+    clustered, moved = _Fused.apply(  # type: ignore[no-untyped-call]
+        weight, centroids, temperature, rules, table_dtype
+    )
     return clustered, moved
 
 
@@ -75,13 +103,15 @@ class _Fused(torch.autograd.Function):
         centroids: torch.Tensor,
         temperature: float | torch.Tensor,
         rules: Rules,
+        table_dtype: torch.dtype | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        clustered, walked = forward(Arguments(weight, centroids, temperature), rules=rules)
+        clustered, walked = forward(Arguments(weight, centroids, temperature, table_dtype), rules=rules)
         is_tensor = isinstance(temperature, torch.Tensor)
         ctx.save_for_backward(
             weight, centroids, temperature if is_tensor else None, walked.path, walked.masses
         )
         ctx.temperature, ctx.rules = None if is_tensor else temperature, rules
+        ctx.table_dtype = table_dtype
         ctx.set_materialize_grads(False)
         moved = torch.empty(centroids.shape, dtype=rules.wide, device=centroids.device)
         moved.view(walked.path.shape[1:]).copy_(walked.path[-1])
@@ -92,11 +122,12 @@ class _Fused(torch.autograd.Function):
         ctx: Any, to_clustered: torch.Tensor | None, to_moved: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         if to_clustered is None and to_moved is None:
-            return None, None, None, None
+            return None, None, None, None, None
         weight, centroids, temperature, *walked = ctx.saved_tensors
-        arguments = Arguments(weight, centroids, ctx.temperature if temperature is None else temperature)
+        temperature = ctx.temperature if temperature is None else temperature
+        arguments = Arguments(weight, centroids, temperature, ctx.table_dtype)
         gradients = _by_dkm if torch.is_grad_enabled() else _by_hand
-        return *gradients(ctx, arguments, Walk(*walked), Incoming(to_clustered, to_moved)), None
+        return *gradients(ctx, arguments, Walk(*walked), Incoming(to_clustered, to_moved)), None, None
 
 
 def _by_hand(
@@ -125,7 +156,7 @@ def _by_dkm(
     if isinstance(temperature, torch.Tensor):
         temperature = temperature.view_as(temperature)
     outputs = dkm(
-        weight,
+        through(arguments, weight),
         centroids,
         temperature=temperature,
         iterations=walked.masses.shape[0],

@@ -21,11 +21,17 @@ _TABLE_DEVICES = ("cpu", "cuda")
 
 @dataclass(frozen=True)
 class Arguments:
-    """What is clustered, from which centroids and how softly: the arguments of `dkm` by those names."""
+    """What is clustered, from which centroids and how softly: the arguments of `dkm` by those names.
+
+    Arguments:
+        table_dtype: float16 or bfloat16, through which a wider weight is cast where that makes a table; or
+            None.
+    """
 
     weight: torch.Tensor
     centroids: torch.Tensor
     temperature: float | torch.Tensor
+    table_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -110,11 +116,19 @@ def _along(
     )
 
 
+def through(arguments: Arguments, weight: torch.Tensor) -> torch.Tensor:
+    """The weight, or an alias of it, as the step sees it: rounded where it is read through a cast."""
+    table = _table(arguments)
+    return weight if table is None else weight.to(table.dtype).to(weight.dtype)
+
+
 def _table(arguments: Arguments) -> Table | None:
     """The table of a weight that has one, where that saves work; the same whenever it is asked for."""
     weight, groups = arguments.weight, as_groups(arguments.centroids)
-    narrow = weight.dtype in (torch.float16, torch.bfloat16) and groups.shape[2] == 1
-    return Table.of(weight, groups.shape[0]) if narrow and weight.device.type in _TABLE_DEVICES else None
+    dtype = weight.dtype if weight.element_size() == 2 else arguments.table_dtype
+    if dtype is None or groups.shape[2] > 1 or weight.device.type not in _TABLE_DEVICES:
+        return None
+    return Table.of(weight, groups.shape[0], dtype=dtype)
 
 
 def _rows(arguments: Arguments, table: Table | None, *, wide: torch.dtype) -> Rows:

@@ -1,6 +1,7 @@
 """A 16-bit weight as a table of the values that occur: count them, sum over them, look them up.
 
-Three passes that read the weight; nothing here grows with it but what they return.
+Three passes that read the weight; nothing here grows with it but what they return. A wider weight may be read
+through a cast to 16 bits; what is summed, and what is looked up, keeps its width.
 """
 
 from __future__ import annotations
@@ -24,30 +25,33 @@ class Table:
         patterns: `[U]`, int64, counted from the lowest int16.
         values: `[U]`, float64, what they stand for.
         counts: `[G, U]`, float64, in each group.
+        dtype: that the weight is read in, float16 or bfloat16.
     """
 
     patterns: torch.Tensor
     values: torch.Tensor
     counts: torch.Tensor
+    dtype: torch.dtype
 
     @staticmethod
-    def of(weight: torch.Tensor, num_groups: int) -> Table | None:
-        """Count a 16-bit weight's patterns.
+    def of(weight: torch.Tensor, num_groups: int, *, dtype: torch.dtype) -> Table | None:
+        """Count the patterns of a weight that is read in `dtype`, float16 or bfloat16.
 
         Returns:
             None where as many groups of as many patterns would save no work: there may be half as many
             entries in the table as there are weights, but any number in that of one group.
         """
-        total = _count(weight.reshape(-1))
+        total = _count(weight.reshape(-1), dtype)
         patterns = total.nonzero().squeeze(1)
         if num_groups > 1 and 2 * num_groups * patterns.numel() > weight.numel():
             return None
         if num_groups == 1:
             counts = total[patterns].unsqueeze(0)
         else:
-            counts = torch.stack([_count(group)[patterns] for group in weight.reshape(num_groups, -1)])
-        values = (patterns - _HALF).to(torch.int16).view(weight.dtype)
-        return Table(patterns, values.double(), counts.double())
+            groups = weight.reshape(num_groups, -1)
+            counts = torch.stack([_count(group, dtype)[patterns] for group in groups])
+        values = (patterns - _HALF).to(torch.int16).view(dtype)
+        return Table(patterns, values.double(), counts.double(), dtype)
 
     def sums(self, weight: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
         """Sum the `terms` of each pattern's weights, `[G, U]`, float64; `terms` has the weight's shape."""
@@ -58,7 +62,7 @@ class Table:
         result = torch.empty_like(weight, memory_format=torch.contiguous_format)
         spread = self._spread(entries.to(weight.dtype))
         for table, (group, target) in zip(spread, self._groups(weight, result), strict=True):
-            for keys, part in _chunks(group, target):
+            for keys, part in self._chunks(group, target):
                 torch.index_select(table, 0, keys, out=part)
         return result
 
@@ -67,11 +71,12 @@ class Table:
     ) -> torch.Tensor:
         """Give each weight `slope * at + height` of its entries of `[G, U]`; `at` has the weight's shape."""
         result = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        slopes, heights = self._spread(slope.float()), self._spread(height.float())
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        slopes, heights = self._spread(slope.to(wide)), self._spread(height.to(wide))
         places = zip(self._groups(weight, at), self._groups(weight, result), strict=True)
         for steep, high, ((group, given), (_, target)) in zip(slopes, heights, places, strict=True):
-            for (keys, x), part in zip(_chunks(group, given), _split(target), strict=True):
-                part.copy_(high.index_select(0, keys).addcmul_(steep.index_select(0, keys), x.float()))
+            for (keys, x), part in zip(self._chunks(group, given), _split(target), strict=True):
+                part.copy_(high.index_select(0, keys).addcmul_(steep.index_select(0, keys), x.to(wide)))
         return result
 
     def _groups(self, weight: torch.Tensor, beside: torch.Tensor) -> Iterator[list[torch.Tensor]]:
@@ -81,9 +86,15 @@ class Table:
 
     def _sum(self, group: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
         total = torch.zeros(_NUM_PATTERNS, dtype=torch.float64, device=group.device)
-        for keys, part in _chunks(group, terms):
+        for keys, part in self._chunks(group, terms):
             total += torch.bincount(keys, weights=part.double(), minlength=_NUM_PATTERNS)
         return total[self.patterns]
+
+    def _chunks(
+        self, weight: torch.Tensor, beside: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for part, other in zip(_split(weight), _split(beside), strict=True):
+            yield _keys(part, self.dtype), other
 
     def _spread(self, entries: torch.Tensor) -> Iterator[torch.Tensor]:
         """Where any pattern finds its entry: `[65536]` for each group."""
@@ -91,16 +102,11 @@ class Table:
             yield each.new_zeros(_NUM_PATTERNS).index_copy_(0, self.patterns, each)
 
 
-def _count(weight: torch.Tensor) -> torch.Tensor:
+def _count(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     counts = torch.zeros(_NUM_PATTERNS, dtype=torch.int64, device=weight.device)
     for part in _split(weight):
-        counts += torch.bincount(_keys(part), minlength=_NUM_PATTERNS)
+        counts += torch.bincount(_keys(part, dtype), minlength=_NUM_PATTERNS)
     return counts
-
-
-def _chunks(weight: torch.Tensor, beside: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for part, other in zip(_split(weight), _split(beside), strict=True):
-        yield _keys(part), other
 
 
 def _split(flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -108,6 +114,6 @@ def _split(flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return chunks
 
 
-def _keys(weight: torch.Tensor) -> torch.Tensor:
-    """The bits of each weight as an index from 0, int32."""
-    return weight.view(torch.int16).int().add_(_HALF)
+def _keys(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The bits of each weight in `dtype` as an index from 0, int32."""
+    return weight.to(dtype).view(torch.int16).int().add_(_HALF)

@@ -23,7 +23,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("shape", "num_groups"), SHAPES, ids=str)
 def test_counts_and_sums(dtype: torch.dtype, shape: tuple[int, ...], num_groups: int) -> None:
     weight, terms = weights(shape, dtype), torch.randn(shape).to(dtype)
-    table = Table.of(weight, num_groups)
+    table = Table.of(weight, num_groups, dtype=dtype)
     patterns = (table.patterns - 32768).to(torch.int16)
     torch.testing.assert_close(table.values, patterns.view(dtype).double(), rtol=0, atol=0, equal_nan=True)
     assert torch.equal(patterns.sort().values, bits(weight).unique())
@@ -40,7 +40,7 @@ def test_counts_and_sums(dtype: torch.dtype, shape: tuple[int, ...], num_groups:
 @pytest.mark.parametrize(("shape", "num_groups"), SHAPES, ids=str)
 def test_look_ups(dtype: torch.dtype, shape: tuple[int, ...], num_groups: int) -> None:
     weight, at = weights(shape, dtype), torch.randn(shape).to(dtype)
-    table = Table.of(weight, num_groups)
+    table = Table.of(weight, num_groups, dtype=dtype)
     slope, height = torch.randn(2, *table.counts.shape, dtype=torch.float64)
     found = table.look_up(weight, slope)
     line = table.look_up_line(weight, at, slope=slope, height=height)
@@ -56,6 +56,6 @@ def test_look_ups(dtype: torch.dtype, shape: tuple[int, ...], num_groups: int) -
 
 def test_groups_too_small_for_their_patterns_have_no_table() -> None:
     weight = torch.arange(64).bfloat16().reshape(8, 8)
-    assert Table.of(weight, 2) is None
-    assert Table.of(weight, 1) is not None
-    assert Table.of(weight // 32, 8) is not None
+    assert Table.of(weight, 2, dtype=torch.bfloat16) is None
+    assert Table.of(weight, 1, dtype=torch.bfloat16) is not None
+    assert Table.of(weight // 32, 8, dtype=torch.bfloat16) is not None
