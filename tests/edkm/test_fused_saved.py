@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import is_tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from edkm import DKMConfig, cluster, fused_dkm
@@ -137,6 +139,46 @@ def test_the_same_bits_run_to_run(dtype: torch.dtype, shape: tuple[int, ...]) ->
         torch.randn(len(runs) * 1001)
     assert_same(runs[0], runs[1])
     assert_same(runs[0], runs[2])
+
+
+class Allocations(TorchDispatchMode):
+    """The bytes of every storage that an operation made, by its address."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {each.untyped_storage().data_ptr() for each in tree_leaves((args, kwargs)) if is_tensor(each)}
+        made = [each.untyped_storage() for each in tree_leaves(result) if is_tensor(each)]
+        self.sizes += [each.nbytes() for each in made if each.data_ptr() not in given]
+        return result
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "size", "num_large"),
+    [
+        (torch.bfloat16, (8,), 2048, 2),  # what is returned, and the gradient
+        (torch.float32, (8,), 1024, 2),
+        (torch.float32, (16,), 1024, 2),
+        (torch.float32, (8, 2), 1024, 2),
+        (torch.bfloat16, (8, 2), 1024, 3),  # the gradient is summed in fp32
+    ],
+    ids=str,
+)
+def test_nothing_else_grows_with_the_weight(
+    dtype: torch.dtype, shape: tuple[int, ...], size: int, num_large: int
+) -> None:
+    weight = (torch.randn(size, size) * 0.02).to(dtype).requires_grad_()
+    centroids, incoming = torch.randn(shape) * 0.03, torch.randn(size, size).to(dtype)
+    with Allocations() as forward:
+        clustered, _ = fused_dkm(weight, centroids, temperature=1e-4, iterations=1)
+    with Allocations() as backward:
+        torch.autograd.grad(clustered, weight, incoming)
+    # Each smaller than half of what the weight takes: pieces' maps of 1 MiB, the table road's chunks of 2.
+    limit = weight.nbytes // 2
+    assert sum(each > limit for each in forward.sizes + backward.sizes) == num_large
 
 
 def test_cluster_uses_it() -> None:
