@@ -27,9 +27,8 @@ class DKMConfig:
         temperature: of the attention at the first step, in units of the weight's variance.
         final_temperature: the same at the last step; it falls geometrically.
         num_steps: optimizer steps over which it falls.
-        table_dtype: "bfloat16" or "float16" to cluster wider weights as if they were cast to it, which lets
-            a step run on a table of their values; None clusters them as they are. docs/paper.md says what
-            the cast costs.
+        table_dtype: "bfloat16" or "float16" to cluster wider weights, in training, as if they were cast to
+            it, which lets a step run on a table of their values; None clusters them as they are.
 
     Raises:
         TypeError: a count is not an integer.
