@@ -5,6 +5,7 @@ from edkm.clustering import Clustering
 from edkm.config import DKMConfig
 from edkm.dkm import dkm
 from edkm.errors import PaletteError
+from edkm.fused import fused_dkm
 from edkm.load import load_palettized
 from edkm.palette import Palette
 from edkm.palettize import palettize
@@ -15,6 +16,7 @@ __all__ = [
     "DKMConfig",
     "Clustering",
     "dkm",
+    "fused_dkm",
     "cluster",
     "palettize",
     "save_palettized",

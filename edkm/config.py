@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+_TABLE_DTYPES = (None, "float16", "bfloat16")
+
 
 @dataclass(frozen=True)
 class DKMConfig:
@@ -25,6 +27,8 @@ class DKMConfig:
         temperature: of the attention at the first step, in units of the weight's variance.
         final_temperature: the same at the last step; it falls geometrically.
         num_steps: optimizer steps over which it falls.
+        table_dtype: "bfloat16" or "float16" to cluster wider weights, in training, as if they were cast to
+            it, which lets a step run on a table of their values; None clusters them as they are.
 
     Raises:
         TypeError: a count is not an integer.
@@ -41,6 +45,7 @@ class DKMConfig:
     temperature: float = 0.03
     final_temperature: float = 0.002
     num_steps: int = 700
+    table_dtype: str | None = None
 
     def __post_init__(self) -> None:
         _check_count("bits", self.bits, maximum=8)
@@ -53,6 +58,8 @@ class DKMConfig:
         for pattern, bits in self.overrides.items():
             if bits is not None:
                 _check_count(f"overrides[{pattern!r}]", bits, maximum=8)
+        if self.table_dtype not in _TABLE_DTYPES:
+            raise ValueError(f"DKMConfig.table_dtype is {self.table_dtype!r}: give one of {_TABLE_DTYPES}")
         # The caller's own dict may change later; this record may not.
         object.__setattr__(self, "overrides", dict(self.overrides))
         _check_temperatures(self.temperature, self.final_temperature)

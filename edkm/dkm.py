@@ -46,8 +46,8 @@ def dkm(
         TypeError: weight or centroids are not real floating point.
         ValueError: shapes that do not fit, a temperature or a number of iterations that is not above 0.
     """
-    groups = _as_groups(centroids)
-    _check(weight, groups, temperature=temperature, iterations=iterations, epsilon=epsilon)
+    groups = as_groups(centroids)
+    check(weight, groups, temperature=temperature, iterations=iterations, epsilon=epsilon)
     wide = torch.promote_types(torch.promote_types(weight.dtype, centroids.dtype), torch.float32)
     # Autocast would run the sums over weights in 16 bits.
     with torch.autocast(weight.device.type, enabled=False):
@@ -99,7 +99,7 @@ def _pinned(centroids: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.zeros_like(centroids[:, :1]), centroids[:, 1:]], dim=1)
 
 
-def _as_groups(centroids: torch.Tensor) -> torch.Tensor:
+def as_groups(centroids: torch.Tensor) -> torch.Tensor:
     """See centroids as `[G, K, d]`."""
     if not 1 <= centroids.dim() <= 3 or 0 in centroids.shape:
         raise ValueError(
@@ -110,7 +110,7 @@ def _as_groups(centroids: torch.Tensor) -> torch.Tensor:
     return centroids if centroids.dim() == 3 else centroids.unsqueeze(0)
 
 
-def _check(
+def check(
     weight: torch.Tensor,
     groups: torch.Tensor,
     *,
@@ -118,6 +118,7 @@ def _check(
     iterations: int,
     epsilon: float,
 ) -> None:
+    """Raise what `dkm` says it raises; `groups` are the centroids as `[G, K, d]`."""
     for name, tensor in (("weight", weight), ("centroids", groups)):
         if not tensor.is_floating_point():
             raise TypeError(f"dkm got a {name} of {tensor.dtype}: give a real floating-point tensor")

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from edkm.config import DKMConfig
-from edkm.dkm import dkm
+from edkm.fused import fused_through
 from edkm.init import starting_centroids
 from edkm.palette import Palette
+
+_TABLE_DTYPES: Mapping[str | None, torch.dtype | None] = {
+    None: None,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 
 
 class ClusteredWeight(nn.Module):
@@ -79,12 +85,13 @@ class ClusteredWeight(nn.Module):
     def _cluster(self, weight: torch.Tensor) -> torch.Tensor:
         wide = weight.detach().to(self.centroids.dtype)
         variance = wide.var(correction=0).clamp(min=torch.finfo(wide.dtype).tiny)
-        clustered, centroids = dkm(
+        clustered, centroids = fused_through(
             weight,
             self.centroids,
             temperature=variance * self.config.temperature_at(int(self.num_steps_done)),
             iterations=self.config.iterations,
             epsilon=self.config.epsilon * float(variance.sqrt()) if self.config.epsilon else 0.0,
+            table_dtype=_TABLE_DTYPES[self.config.table_dtype],
         )
         if self.training and self._pending is None:
             self._pending = centroids.detach()

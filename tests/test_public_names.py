@@ -12,6 +12,7 @@ FROZEN = {
         "DKMConfig",
         "Clustering",
         "dkm",
+        "fused_dkm",
         "cluster",
         "palettize",
         "save_palettized",

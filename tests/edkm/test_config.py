@@ -42,6 +42,14 @@ def test_epsilon_is_finite(epsilon: float) -> None:
         DKMConfig(epsilon=epsilon)
 
 
+@pytest.mark.parametrize("name", ["float32", "torch.bfloat16", 16])
+def test_a_table_is_of_16_bits(name: object) -> None:
+    with pytest.raises(
+        ValueError, match=r"DKMConfig\.table_dtype is .*: give one of \(None, 'float16', 'bfloat16'\)"
+    ):
+        DKMConfig(table_dtype=name)
+
+
 def test_the_temperature_falls_geometrically_from_first_to_last_step() -> None:
     config = DKMConfig(temperature=0.08, final_temperature=0.02, num_steps=3)
     assert [config.temperature_at(step) for step in range(5)] == pytest.approx([0.08, 0.04, 0.02, 0.02, 0.02])

@@ -1,0 +1,22 @@
+"""How much autograd asks to keep for one forward pass."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+
+def saved_bytes(forward: Callable[[], Any]) -> int:
+    """Return the bytes of all saves that are not a parameter's, one count a save."""
+    saved = [0]
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
+            saved[0] += tensor.nbytes
+        return tensor.detach()
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = forward()
+    del kept
+    return saved[0]

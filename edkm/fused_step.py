@@ -1,0 +1,157 @@
+"""One step by hand, on either road: over a table of a 16-bit weight's values, or over the weight itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from edkm.dkm import as_groups
+from edkm.fused_passes import Rows, Slopes, assign, assign_backward
+from edkm.fused_table import Table
+from edkm.fused_walk import Rules, Walk, walk, walk_back
+
+# Weights times centroids times iterations. A step beyond takes minutes on a core, and the plain layer's maps
+# more than 100 GB.
+_MAX_WORK = 1 << 33
+_SECONDS_PER_WORK = 1e-8
+# A table takes float64 and counting by bits, which other devices lack.
+_TABLE_DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What is clustered, from which centroids and how softly: the arguments of `dkm` by those names.
+
+    Arguments:
+        table_dtype: float16 or bfloat16, through which a wider weight is cast where that makes a table; or
+            None.
+    """
+
+    weight: torch.Tensor
+    centroids: torch.Tensor
+    temperature: float | torch.Tensor
+    table_dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """Gradients to what `forward` returned, in its shapes; None is zero."""
+
+    clustered: torch.Tensor | None
+    moved: torch.Tensor | None
+
+
+def forward(arguments: Arguments, *, rules: Rules) -> tuple[torch.Tensor, Walk]:
+    """Cluster.
+
+    Returns:
+        The clustered weight, and the way of the centroids.
+
+    Raises:
+        ValueError: it would take minutes.
+    """
+    weight = arguments.weight
+    table = _table(arguments)
+    if table is None:
+        _check_work(arguments, rules)
+    rows = _rows(arguments, table, wide=rules.wide)
+    walked = walk(rows, as_groups(arguments.centroids).to(rows.dtype), rules=rules)
+    # Not a view of what is filled here: autograd refuses in-place changes of a returned view.
+    shape = weight.shape if table is None else rows.values.shape
+    clustered = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+    assign(rows, walked.path[-2], after=walked.path[-1], into=clustered.view(rows.values.shape))
+    return clustered if table is None else table.look_up(weight, clustered.squeeze(2)), walked
+
+
+def backward(
+    arguments: Arguments, incoming: Incoming, *, walked: Walk, rules: Rules, needs_weight: bool
+) -> tuple[torch.Tensor | None, Slopes]:
+    """Gradients to the weight, if that is needed, and to centroids, `[G, K, d]`, and temperature.
+
+    Arguments:
+        arguments: as in `forward`.
+        incoming: the gradients to begin with.
+        walked: as `forward` returned it.
+        rules: as in `forward`.
+        needs_weight: whether to compute the first of them; the others cost next to nothing.
+    """
+    weight, table = arguments.weight, _table(arguments)
+    rows = _rows(arguments, table, wide=rules.wide)
+    into = torch.zeros(rows.values.shape, dtype=rows.dtype, device=weight.device) if needs_weight else None
+    before, after = walked.path[-2:]
+    to_after, slopes = torch.zeros_like(after), Slopes(torch.zeros_like(before), before.new_zeros(()))
+    if incoming.clustered is not None:
+        if table is None:
+            gradient, direct = incoming.clustered.reshape(rows.values.shape), into
+        else:
+            gradient, direct = table.sums(weight, incoming.clustered).unsqueeze(2), None
+        to_after, slopes = assign_backward(rows, gradient, before=before, after=after, into=direct)
+    if incoming.moved is not None:
+        to_after = to_after + incoming.moved.reshape(after.shape)
+    slopes = walk_back(rows, walked, rules=rules, after=to_after, before=slopes, into=into)
+    if into is None or table is None:
+        return None if into is None else into.to(weight.dtype).view(weight.shape), slopes
+    return _along(table, rows, arguments=arguments, incoming=incoming, walked=walked, heights=into), slopes
+
+
+def _along(
+    table: Table,
+    rows: Rows,
+    *,
+    arguments: Arguments,
+    incoming: Incoming,
+    walked: Walk,
+    heights: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient to a weight by its table: `heights` flow back through the centroids to each, and past them
+    its own incoming gradient times the slope of the assignment.
+    """
+    if incoming.clustered is None:
+        return table.look_up(arguments.weight, heights.squeeze(2))
+    slope, (before, after) = torch.zeros_like(heights), walked.path[-2:]
+    assign_backward(rows, torch.ones_like(heights), before=before, after=after, into=slope)
+    return table.look_up_line(
+        arguments.weight, incoming.clustered, slope=slope.squeeze(2), height=heights.squeeze(2)
+    )
+
+
+def through(arguments: Arguments, weight: torch.Tensor) -> torch.Tensor:
+    """The weight, or an alias of it, as the step sees it: rounded where it is read through a cast."""
+    table = _table(arguments)
+    return weight if table is None else weight.to(table.dtype).to(weight.dtype)
+
+
+def _table(arguments: Arguments) -> Table | None:
+    """The table of a weight that has one, where that saves work; the same whenever it is asked for."""
+    weight, groups = arguments.weight, as_groups(arguments.centroids)
+    dtype = weight.dtype if weight.element_size() == 2 else arguments.table_dtype
+    if dtype is None or groups.shape[2] > 1 or weight.device.type not in _TABLE_DEVICES:
+        return None
+    return Table.of(weight, groups.shape[0], dtype=dtype)
+
+
+def _rows(arguments: Arguments, table: Table | None, *, wide: torch.dtype) -> Rows:
+    groups, temperature = as_groups(arguments.centroids), arguments.temperature
+    needs_temperature = isinstance(temperature, torch.Tensor) and temperature.requires_grad
+    # So few rows cost nothing in float64, and sums over counts are exact.
+    dtype = wide if table is None else torch.float64
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.detach().reshape(()).to(device=groups.device, dtype=dtype)
+    if table is None:
+        values, counts = arguments.weight.reshape(groups.shape[0], -1, groups.shape[2]), None
+    else:
+        values, counts = table.values.reshape(1, -1, 1).expand(groups.shape[0], -1, 1), table.counts
+    return Rows(values, counts, temperature, dtype, needs_temperature)
+
+
+def _check_work(arguments: Arguments, rules: Rules) -> None:
+    weight, num_centroids = arguments.weight, as_groups(arguments.centroids).shape[1]
+    work = weight.numel() * num_centroids * rules.iterations
+    if weight.device.type == "cpu" and work > _MAX_WORK:
+        seconds = work * _SECONDS_PER_WORK
+        raise ValueError(
+            f"fused_dkm of {weight.numel():,} weights in {weight.dtype}, {num_centroids} centroids and "
+            f"{rules.iterations} iterations would take about {seconds:,.0f} s a step: give a float16 or "
+            "bfloat16 weight in one group and not in vectors, which takes under a second, or fewer bits"
+        )

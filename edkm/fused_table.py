@@ -1,0 +1,119 @@
+"""A 16-bit weight as a table of the values that occur: count them, sum over them, look them up.
+
+Three passes that read the weight; nothing here grows with it but what they return. A wider weight may be read
+through a cast to 16 bits; what is summed, and what is looked up, keeps its width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+_NUM_PATTERNS = 1 << 16
+_HALF = _NUM_PATTERNS // 2
+_CPU_CHUNK = 1 << 18
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Table:
+    """The bit patterns that occur in a weight, and how often.
+
+    Arguments:
+        patterns: `[U]`, int64, counted from the lowest int16.
+        values: `[U]`, float64, what they stand for.
+        counts: `[G, U]`, float64, in each group.
+        dtype: that the weight is read in, float16 or bfloat16.
+    """
+
+    patterns: torch.Tensor
+    values: torch.Tensor
+    counts: torch.Tensor
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(weight: torch.Tensor, num_groups: int, *, dtype: torch.dtype) -> Table | None:
+        """Count the patterns of a weight that is read in `dtype`, float16 or bfloat16.
+
+        Returns:
+            None where as many groups of as many patterns would save no work: there may be half as many
+            entries in the table as there are weights, but any number in that of one group.
+        """
+        total = _count(weight.reshape(-1), dtype)
+        patterns = total.nonzero().squeeze(1)
+        if num_groups > 1 and 2 * num_groups * patterns.numel() > weight.numel():
+            return None
+        if num_groups == 1:
+            counts = total[patterns].unsqueeze(0)
+        else:
+            groups = weight.reshape(num_groups, -1)
+            counts = torch.stack([_count(group, dtype)[patterns] for group in groups])
+        values = (patterns - _HALF).to(torch.int16).view(dtype)
+        return Table(patterns, values.double(), counts.double(), dtype)
+
+    def sums(self, weight: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
+        """Sum the `terms` of each pattern's weights, `[G, U]`, float64; `terms` has the weight's shape."""
+        return torch.stack([self._sum(*groups) for groups in self._groups(weight, terms)])
+
+    def look_up(self, weight: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
+        """Give each weight its entry of `[G, U]`, in the weight's shape and dtype."""
+        result = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        spread = self._spread(entries.to(weight.dtype))
+        for table, (group, target) in zip(spread, self._groups(weight, result), strict=True):
+            for keys, part in self._chunks(group, target):
+                torch.index_select(table, 0, keys, out=part)
+        return result
+
+    def look_up_line(
+        self, weight: torch.Tensor, at: torch.Tensor, *, slope: torch.Tensor, height: torch.Tensor
+    ) -> torch.Tensor:
+        """Give each weight `slope * at + height` of its entries of `[G, U]`; `at` has the weight's shape."""
+        result = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        slopes, heights = self._spread(slope.to(wide)), self._spread(height.to(wide))
+        places = zip(self._groups(weight, at), self._groups(weight, result), strict=True)
+        for steep, high, ((group, given), (_, target)) in zip(slopes, heights, places, strict=True):
+            for (keys, x), part in zip(self._chunks(group, given), _split(target), strict=True):
+                part.copy_(high.index_select(0, keys).addcmul_(steep.index_select(0, keys), x.to(wide)))
+        return result
+
+    def _groups(self, weight: torch.Tensor, beside: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+        num_groups = self.counts.shape[0]
+        pairs = zip(weight.reshape(num_groups, -1), beside.reshape(num_groups, -1), strict=True)
+        return map(list, pairs)
+
+    def _sum(self, group: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(_NUM_PATTERNS, dtype=torch.float64, device=group.device)
+        for keys, part in self._chunks(group, terms):
+            total += torch.bincount(keys, weights=part.double(), minlength=_NUM_PATTERNS)
+        return total[self.patterns]
+
+    def _chunks(
+        self, weight: torch.Tensor, beside: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for part, other in zip(_split(weight), _split(beside), strict=True):
+            yield _keys(part, self.dtype), other
+
+    def _spread(self, entries: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Where any pattern finds its entry: `[65536]` for each group."""
+        for each in entries:
+            yield each.new_zeros(_NUM_PATTERNS).index_copy_(0, self.patterns, each)
+
+
+def _count(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    counts = torch.zeros(_NUM_PATTERNS, dtype=torch.int64, device=weight.device)
+    for part in _split(weight):
+        counts += torch.bincount(_keys(part, dtype), minlength=_NUM_PATTERNS)
+    return counts
+
+
+def _split(flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    chunks: tuple[torch.Tensor, ...] = torch.split(flat, _CPU_CHUNK if flat.device.type == "cpu" else _CHUNK)
+    return chunks
+
+
+def _keys(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The bits of each weight in `dtype` as an index from 0, int32."""
+    return weight.to(dtype).view(torch.int16).int().add_(_HALF)
