@@ -27,7 +27,7 @@ class Published:
 
     __slots__ = ("_ended", "_path", "_size")
 
-    def __init__(self, path: Path, size: int, ended: "deque[tuple[int, Path]]") -> None:
+    def __init__(self, path: Path, *, size: int, ended: "deque[tuple[int, Path]]") -> None:
         self._path = path
         self._size = size
         self._ended = ended
@@ -49,7 +49,7 @@ class Arena:
         self._ended: deque[tuple[int, Path]] = deque()
         self._free: dict[int, list[Path]] = {}
         self._unused: set[Path] = set()
-        weakref.finalize(self, _remove, self._ended, self._free, folder.owner)
+        weakref.finalize(self, _remove, self._ended, self._free, owner=folder.owner)
 
     def begin_step(self) -> None:
         """Remove what was free during all of the last step."""
@@ -71,7 +71,7 @@ class Arena:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # fails while its owner writes it anew
             if os.fstat(file).st_size != num_bytes:
                 return None
-            return _checked(file, digest, num_bytes)
+            return _checked(file, digest, num_bytes=num_bytes)
         except OSError:
             return None
         finally:
@@ -99,11 +99,11 @@ class Arena:
         try:
             _write_all(file, view_of(flat))
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            mappings = _checked(file, digest, flat.numel())
+            mappings = _checked(file, digest, num_bytes=flat.numel())
             if mappings is None:
                 return None
             self._named(digest).hardlink_to(path)  # fails where another rank was quicker
-            return *mappings, Published(self._named(digest), flat.numel(), self._ended)
+            return *mappings, Published(self._named(digest), size=flat.numel(), ended=self._ended)
         finally:
             os.close(file)
             with contextlib.suppress(OSError):
@@ -152,14 +152,14 @@ class Arena:
         return self._folder / digest.hex()
 
 
-def _remove(ended: "deque[tuple[int, Path]]", free: dict[int, list[Path]], owner: int) -> None:
+def _remove(ended: "deque[tuple[int, Path]]", free: dict[int, list[Path]], *, owner: int) -> None:
     if os.getpid() == owner:  # a forked child leaves the files alone
         for path in [path for _, path in ended] + [path for paths in free.values() for path in paths]:
             with contextlib.suppress(OSError):
                 path.unlink()
 
 
-def _checked(file: int, digest: bytes, num_bytes: int) -> tuple[Tensor, Tensor] | None:
+def _checked(file: int, digest: bytes, *, num_bytes: int) -> tuple[Tensor, Tensor] | None:
     kept = map_private(file, num_bytes)
     return (kept, map_private(file, num_bytes)) if digest_of_bytes(kept) == digest else None
 

@@ -4,20 +4,15 @@ import os
 import signal
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 
 from bench.ranks import run_ranks
 from offload import RankMismatchError, SavedTensorStore
 from offload.sharding.all_gather import AllGather
-from offload.sharding.by_host import ByHost
-from offload.sharding.gathers import Header, range_bytes, refusal_of
-from offload.sharding.local import Local
 
 MIB = 1 << 20
 TIMEOUT_SECONDS = 3.0
@@ -217,54 +212,6 @@ def freed(rank: int) -> None:
     losses[0].backward()
 
 
-def by_host(rank: int) -> None:
-    """Ranks 0 and 1 on one declared host, rank 2 on another: from the second step on all three gather."""
-    for hosts, place in (("aab", "all-gather"), ("aaa", "memory")):
-        within, between = Local(), AllGather(timeout_seconds=TIMEOUT_SECONDS)
-        policy = ByHost(within=within, between=lambda between=between: between, host=hosts[rank])
-        store = SavedTensorStore(shard=policy)
-        for number in range(3):
-            with store:
-                weights, losses = saving(equal_values(2, seed=number))
-            agreed(store)
-            assert store.stats.num_by_stage.get("shared", 0) == 2 * (number > 0 and place == "all-gather")
-            torch.stack(losses).sum().backward()
-            check(weights, equal_values(2, seed=number))
-        dist.barrier()
-
-
-def meshed(rank: int) -> None:
-    """Two by two ranks; values are equal along the second dimension only."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    for shard in ("all-gather", "shared-memory", True):
-        store = SavedTensorStore(shard=shard, group=mesh["tensor"])
-        values = equal_values(2, seed=rank // 2)
-        with store:
-            weights, losses = saving(values)
-        agreed(store)
-        assert store.stats.num_by_stage.get("shared") == 2
-        assert store.stats.group_held_bytes == 2 * MIB
-        torch.stack(losses).sum().backward()
-        check(weights, values)
-        dist.barrier()
-
-
-def test_ranks_along_one_dimension_of_a_mesh() -> None:
-    run_ranks(f"{__name__}:meshed", num_ranks=4)
-
-
-def test_a_group_needs_a_policy_by_name_and_one_dimension() -> None:
-    mesh = SimpleNamespace(ndim=2)
-    with pytest.raises(ValueError, match="group is given beside shard=False"):
-        SavedTensorStore(group=mesh)
-    with pytest.raises(ValueError, match="group is a mesh of 2 dimensions"):
-        SavedTensorStore(shard=True, group=mesh)
-
-
-def test_several_hosts_gather_and_one_host_does_not() -> None:
-    run_ranks(f"{__name__}:by_host", num_ranks=3)
-
-
 @pytest.mark.parametrize("num_ranks", [2, 3])
 @pytest.mark.parametrize("case", ["replicated", "differing", "reordered"])
 def test_ranks(case: str, num_ranks: int) -> None:
@@ -282,41 +229,3 @@ def test_a_rank_that_stops_is_named_by_all_others(moment: str) -> None:
     outputs = run_ranks(f"{__name__}:stopped", moment, num_ranks=3, killed=killed)
     assert outputs[0] == outputs[2]
     assert outputs[0].startswith("right" if moment == "forward" else "backward needs a saved tensor")
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "num_ranks", "longest"), [(8, 4, 2), (9, 4, 3), (3, 4, 1), (0, 4, 0), (4097, 3, 1366)]
-)
-def test_ranges_are_equal_and_cover_all(num_bytes: int, num_ranks: int, longest: int) -> None:
-    assert range_bytes(num_bytes, num_ranks) == longest
-    ranges = [range(num_bytes)[rank * longest : (rank + 1) * longest] for rank in range(num_ranks)]
-    assert [place for each in ranges for place in each] == list(range(num_bytes))
-
-
-HEADER = Header(1, 2, 1, 5, 4096, 1, b"a" * 16, b"b" * 16)
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({}, None),
-        ({"range_digest": b"c" * 16}, None),
-        ({"place": 4}, "came to different gathers: rank 0 to number 5.*rank 1 to number 4"),
-        ({"step": 3}, "came to different gathers"),
-        ({"is_there": 0, "num_bytes": 0}, "rank 1 of the group does not hold its range any more"),
-        ({"num_bytes": 8192}, "hold other bytes as number 5 .* rank 0 4096 bytes; rank 1 8192 bytes"),
-        ({"digest": b"z" * 16}, "hold other bytes"),
-    ],
-)
-def test_headers_that_differ_are_refused(changed: dict[str, object], message: str | None) -> None:
-    refusal = refusal_of([HEADER, HEADER._replace(**changed)])
-    if message is None:
-        assert refusal is None
-    else:
-        with pytest.raises(RankMismatchError, match=message):
-            raise RankMismatchError(refusal)
-
-
-def test_a_timeout_that_is_not_above_0() -> None:
-    with pytest.raises(ValueError, match="timeout_seconds is 0; give more than 0"):
-        AllGather(timeout_seconds=0)
