@@ -71,7 +71,7 @@ class Reference(Content):
 class Encoded(Content):
     """Bytes of the store's own, as `block_of` took them. Owns payload and charge."""
 
-    __slots__ = ("_charge", "_payload", "_start")
+    __slots__ = ("__weakref__", "_charge", "_payload", "_start")
     _charge: Charge | None
 
     def __init__(self, payload: Payload, *, start: int | None, charge: Charge | None) -> None:

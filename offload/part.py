@@ -74,8 +74,11 @@ class Part:
     @property
     def num_bytes(self) -> int:
         """Bytes that this rank holds for it: all, or its share."""
-        if self._lease is not None:
-            return self._lease.num_bytes
+        return self._lease.num_bytes if self._lease is not None else self.num_all_bytes
+
+    @property
+    def num_all_bytes(self) -> int:
+        """Bytes of the tensor, wherever they lie."""
         return self._shape.numel() * self._dtype.itemsize
 
     @property

@@ -4,31 +4,47 @@ and once more when backward begins.
 
 import weakref
 
+from torch import Tensor
+
 from offload.codecs.raw import RawPayload
 from offload.dedupe import StorageRecord
 from offload.digest import digest_of
-from offload.handle import Encoded, Entry, Reference
+from offload.handle import Content, Encoded, Entry, Reference
 from offload.layout import Layout, block_of
 from offload.part import Part
-from offload.sharding.base import Sharding, Traffic
+from offload.patience import Line
+from offload.sharding.base import MIN_BYTES, Sharding, Traffic
 from offload.stats import Ledger, Row
 
 _NUM_TRIED = 4
 
 
 class _Settled:
-    """A settled entry. Weak: the graph's end takes the entry along."""
+    """A settled entry, and its content once that is a payload, which other entries may come to share. Weak:
+    the graph's end takes them along.
+    """
 
-    __slots__ = ("entry", "is_shared", "layout", "num_tried", "record", "row", "stage")
+    __slots__ = ("content", "entry", "is_shared", "layout", "line", "num_tried", "record", "row", "stage")
 
     def __init__(self, entry: Entry, *, layout: Layout, record: StorageRecord, row: Row, stage: str) -> None:
         self.entry = weakref.ref(entry)
+        self.content = weakref.ref(entry.content) if isinstance(entry.content, Encoded) else None
+        self.line = entry.line
         self.layout = layout
         self.record = record
         self.row = row
         self.stage = stage
         self.num_tried = 0
         self.is_shared = False
+
+    def living(self) -> Content | None:
+        """Return the content, if anything holds it."""
+        entry = self.entry()
+        if entry is not None and isinstance(entry.content, Encoded):
+            self.content = weakref.ref(entry.content)
+        if self.content is not None:
+            return self.content()
+        return entry.content if entry is not None else None
 
 
 class Sharer:
@@ -54,28 +70,30 @@ class Sharer:
         return self._sharding.group_held_bytes(held_bytes)
 
     def begin_step(self) -> None:
-        """Join the other ranks; entries of an earlier step that live on are tried no more."""
+        """Join the other ranks; entries of an earlier step are tried once more, and then not again."""
+        if self._sharding.close(patiently=False):
+            self._try_all(is_final=True)
         self._sharding.begin_step(self._ledger)
         self._settled.clear()
 
     def begin_backward(self) -> None:
         """Share what is agreed, before something is unpacked."""
-        if self._sharding.begin_backward():
+        if self._sharding.close(patiently=True):
             self._try_all(is_final=True)
 
     def add(self, entry: Entry, *, layout: Layout, record: StorageRecord, row: Row, stage: str) -> None:
         """Take an entry that has settled as `stage`, and tell the other ranks."""
         if stage == "content" or entry.follows or entry.digest is None or not self._sharding.is_joined:
             return
-        content = entry.content
-        if isinstance(content, Encoded):
-            for part in content.parts:
-                self._sharding.announce(part.digest)
-        elif isinstance(content, Reference) and content.source.device.type == "cpu":
-            self._sharding.announce(entry.digest)
-        else:
-            return  # on another device a reference stays where it is
-        self._settled.append(_Settled(entry, layout=layout, record=record, row=row, stage=stage))
+        digests = []
+        if isinstance(entry.content, Encoded):
+            digests = [part.digest for part in entry.content.parts if _is_worth_sharing(part)]
+        elif isinstance(entry.content, Reference) and _is_near(entry.content.source):
+            digests = [entry.digest]
+        for digest in digests:
+            self._sharding.announce(digest)
+        if digests:
+            self._settled.append(_Settled(entry, layout=layout, record=record, row=row, stage=stage))
 
     def share(self, *, is_final: bool) -> None:
         """Try all entries whose bytes are this rank's own, and count who holds the others.
@@ -91,52 +109,61 @@ class Sharer:
         self._settled = [each for each in self._settled if self._is_living(each, is_final=is_final)]
 
     def _is_living(self, local: _Settled, *, is_final: bool) -> bool:
-        entry = local.entry()
-        if entry is None:
-            return False
+        content = local.living()
         if local.num_tried < _NUM_TRIED:
-            if isinstance(entry.content, Reference):
-                self._share_reference(entry, entry.content, local)
-            elif isinstance(entry.content, Encoded):
-                self._share(entry, entry.content, local, is_final=is_final)
-        return True
+            if isinstance(content, Reference):
+                self._share_reference(content, local)
+            elif isinstance(content, Encoded):
+                self._share(content, local, is_final=is_final)
+        return content is not None
 
-    def _share_reference(self, entry: Entry, reference: Reference, local: _Settled) -> None:
-        digest, source = entry.digest, reference.source
-        if digest is None or not self._is_due(digest, entry):
+    def _share_reference(self, reference: Reference, local: _Settled) -> None:
+        entry, source = local.entry(), reference.source
+        if entry is None or entry.digest is None or not self._is_due(entry.digest, local.line):
             return
-        if reference.is_stale or digest_of(source) != digest:
+        if reference.is_stale or digest_of(source) != entry.digest:
             local.num_tried = _NUM_TRIED
             return
         block, start = block_of(source, local.layout, whole_storage=True)
-        content = Encoded(RawPayload(block.flat, digest=digest), start=start, charge=None)
-        self._share(entry, content, local, is_final=True)
+        content = Encoded(RawPayload(block.flat, digest=entry.digest), start=start, charge=None)
+        self._share(content, local, is_final=True)
         if local.is_shared:
             entry.content = content
             local.record.copied_version = source._version
 
-    def _share(self, entry: Entry, content: Encoded, local: _Settled, *, is_final: bool) -> None:
-        due = [part for part in content.parts if self._is_due(part.digest, entry)]
-        # A list that lies elsewhere could not serve as the key of a save to come.
-        due = [part for part in due if is_final or self._sharding.is_near or not part.is_key]
-        if not due:
-            return
+    def _share(self, content: Encoded, local: _Settled, *, is_final: bool) -> None:
+        due = [
+            part
+            for part in content.parts
+            if _is_worth_sharing(part)
+            # A list that lies elsewhere could not serve as the key of a save to come.
+            and (is_final or self._sharding.is_near or not part.is_key)
+            and self._is_due(part.digest, local.line)
+        ]
         changed = [self._share_part(part) for part in due]
         if any(changed):
             content.recharge(self._ledger)
-            entry.line.is_shared = any(self._sharding.num_holders(part.digest) > 1 for part in due)
-            entry.line.reading.learn(won=True)
+            local.line.is_shared = any(self._sharding.num_holders(part.digest) > 1 for part in due)
+            local.line.reading.learn(won=True)
         if any(part.is_shared for part in due) and not local.is_shared:
             local.is_shared = True
             local.row.recount("shared", was=local.stage)
-        if not all(part.is_shared for part in due):
+        if self._sharding.is_near and not all(part.is_shared for part in due):
             local.num_tried += 1  # a part that another rank is just publishing is there at a later try
 
     def _share_part(self, part: Part) -> bool:
         return part.share(self._sharding.place, num_holders=self._sharding.num_holders(part.digest))
 
-    def _is_due(self, digest: bytes, entry: Entry) -> bool:
+    def _is_due(self, digest: bytes, line: Line) -> bool:
         """Whether other ranks hold these bytes; where the last save of this instruction was shared, and no
         rank needs another to read, also those that are published for who comes later.
         """
-        return self._sharding.num_holders(digest) > 1 or (self._sharding.is_near and entry.line.is_shared)
+        return self._sharding.num_holders(digest) > 1 or (self._sharding.is_near and line.is_shared)
+
+
+def _is_worth_sharing(part: Part) -> bool:
+    return part.num_all_bytes >= MIN_BYTES and part.device.type == "cpu"
+
+
+def _is_near(source: Tensor) -> bool:
+    return source.device.type == "cpu" and source.untyped_storage().nbytes() >= MIN_BYTES

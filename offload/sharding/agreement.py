@@ -7,10 +7,10 @@ that have read less of it know less, and never something else.
 
 from collections.abc import Sequence
 
-from torch.distributed.distributed_c10d import Store
+from offload.sharding.job_store import JobStore
 
-_CLOSE = b"close"
-_END = b"end"
+_CLOSE = "close"
+_END = "end"
 
 
 class Agreement:
@@ -20,23 +20,22 @@ class Agreement:
 
     Args:
         store: of the job.
-        key: the log's name in it, the same on all ranks.
+        name: the log's in it, the same on all ranks.
         rank: this one's number in its group.
         num_ranks: in the group.
     """
 
-    def __init__(self, store: Store, key: str, *, rank: int, num_ranks: int) -> None:
-        self._store = store
-        self._key = key
-        self._rank = rank
-        self._num_ranks = num_ranks
-        self._num_read = 0
-        self._is_told = False
-        self._announced: dict[bytes, set[int]] = {}
-        self._closing: set[int] = set()
+    def __init__(self, store: JobStore, name: str, *, rank: int, num_ranks: int) -> None:
+        self.name = name
         self.agreed: dict[bytes, int] = {}
         """The numbers of what is agreed, by digest, in rising order."""
         self.is_closed = False
+        self._store = store
+        self._rank = rank
+        self._num_ranks = num_ranks
+        self._log = b""
+        self._announced: dict[bytes, set[int]] = {}
+        self._closing: set[int] = set()
 
     @property
     def is_closed_by_all(self) -> bool:
@@ -45,7 +44,7 @@ class Agreement:
 
     def announce(self, digests: Sequence[bytes]) -> None:
         """Say that this rank holds bytes with these digests, and will take part in gathering them."""
-        self._tell(b",".join(digest.hex().encode() for digest in digests))
+        self._tell(",".join(digest.hex() for digest in digests))
 
     def close(self) -> None:
         """Say that this rank announces no more."""
@@ -57,29 +56,29 @@ class Agreement:
 
     def read(self) -> None:
         """Take in what was written since the last time."""
-        if not self._is_told:
-            return  # reading a name that nobody wrote would wait
-        log: bytes = self._store.get(self._key)
-        for line in log[self._num_read :].splitlines():
-            rank, _, words = line.partition(b":")
-            self._take(int(rank), words)
-        self._num_read = len(log)
+        self._take_in(self._store.get(self.name) or b"")
 
-    def _tell(self, words: bytes) -> None:
-        line = f"{self._rank}:{words.decode()}\n"
-        self._store.append(self._key, line)  # type: ignore[attr-defined]
-        self._is_told = True
+    def _tell(self, words: str) -> None:
+        self._take_in(self._store.append(self.name, f"{self._rank}:{words}\n"))
 
-    def _take(self, rank: int, words: bytes) -> None:
-        if self.is_closed:
+    def _take_in(self, log: bytes) -> None:
+        if not log.startswith(self._log):
+            self.is_closed = True  # it was removed: the others are steps ahead
             return
+        for line in log[len(self._log) :].decode().splitlines():
+            rank, _, words = line.partition(":")
+            if not self.is_closed:
+                self._take(int(rank), words)
+        self._log = log
+
+    def _take(self, rank: int, words: str) -> None:
         if words in (_CLOSE, _END):
             if words == _CLOSE:
                 self._closing.add(rank)
             self.is_closed = words == _END or self.is_closed_by_all
             return
-        for word in words.split(b","):
-            digest = bytes.fromhex(word.decode())
+        for word in words.split(","):
+            digest = bytes.fromhex(word)
             ranks = self._announced.setdefault(digest, set())
             ranks.add(rank)
             if len(ranks) == self._num_ranks:

@@ -5,37 +5,41 @@ a log that all of them read alike, and nobody waits; the first unpack closes it,
 knows the same list and takes part in gathering it.
 """
 
+import contextlib
 import time
 import weakref
+from collections import deque
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import Store
 
 from offload.part import Lease
 from offload.sharding.agreement import Agreement
-from offload.sharding.base import MIN_BYTES, Sharding, Traffic
+from offload.sharding.base import Sharding, Traffic
 from offload.sharding.channel import Channel
 from offload.sharding.gathers import Gathers, ShardLease, range_bytes
-from offload.sharding.group import group_key, group_of, job_store
+from offload.sharding.group import group_key, group_of
+from offload.sharding.job_store import JobStore
 from offload.stats import Ledger
 
 _LEAST_PAUSE_SECONDS = 0.0005
 _MOST_PAUSE_SECONDS = 0.01
+_NUM_LOGGED_STEPS = 3
+"""A rank so many steps behind the others shares nothing with them."""
 
 
 class AllGather(Sharding):
     """Sharding in equal ranges of bytes, over any ranks.
 
     Args:
-        group: whose ranks share, all ranks where None. With a device mesh, `mesh.get_group("name")`. Every
-            rank of it enters the store as often as the others.
+        group: whose ranks share, all ranks where None. With a device mesh, `mesh.get_group("name")`. All of
+            them enter the store equally often, not counting where nothing is saved.
         timeout_seconds: how long a rank waits in backward for the others to come to a gather.
 
     The first unpack of a stretch waits for the other ranks to get there too, at most a quarter of the timeout
-    and less each time that they did not: what they announce meanwhile is shared. A process group of gloo,
-    used for nothing else, is made at the first gather and kept for all stores of the group. Tensors on other
-    devices than the CPU stay where they are.
+    and less each time that they did not: what they announce meanwhile is shared. Process groups of gloo, used
+    for nothing else, are made at the first gather and live as long as the store: keep one store for all
+    steps. Tensors on other devices than the CPU stay where they are.
     """
 
     def __init__(self, *, group: "dist.ProcessGroup | None" = None, timeout_seconds: float = 60.0) -> None:
@@ -60,12 +64,12 @@ class AllGather(Sharding):
     def begin_step(self, ledger: Ledger) -> None:
         """Find the other ranks at the first call; begin another step of the same number on all of them."""
         group = group_of(self._group)
+        self._stretch = None
         if group is None:
-            return
-        if group is not self._joined:
+            self._joined = self._member = None
+        elif group is not self._joined:
             self._joined, self._member = group, _join(group, timeout_seconds=self._timeout_seconds)
         if self._member is not None:
-            self._stretch = None
             self._member.begin_step(ledger)
 
     def announce(self, digest: bytes) -> None:
@@ -89,17 +93,15 @@ class AllGather(Sharding):
 
     def place(self, flat: Tensor, digest: bytes) -> Lease | None:
         """Return a lease of this rank's range if all ranks announced these bytes."""
-        if self._stretch is None or digest not in self._stretch.agreement.agreed:
-            return None
-        if not self.is_joined or flat.device.type != "cpu" or flat.numel() < MIN_BYTES:
+        if self._stretch is None or digest not in self._stretch.agreement.agreed or not self.is_joined:
             return None
         return self._stretch.lease(flat, digest)
 
-    def begin_backward(self) -> bool:
-        """Close the stretch at its first unpack: from here on the list of gathers is fixed."""
+    def close(self, *, patiently: bool) -> bool:
+        """Close the stretch, at its first unpack or its step's end: the list of gathers is fixed."""
         if self._stretch is None or self._stretch.is_closed or not self.is_joined:
             return False
-        self._stretch.close()
+        self._stretch.close(patiently=patiently)
         return True
 
     def group_held_bytes(self, held_bytes: int) -> int:
@@ -115,48 +117,57 @@ class AllGather(Sharding):
 class _Member:
     """This rank's place in the group, for one store."""
 
-    def __init__(self, channel: Channel, *, store: Store, key: str, number: int) -> None:
+    def __init__(self, channel: Channel, *, store: JobStore, number: int) -> None:
         self.channel = channel
         self.patience_seconds = channel.patience_seconds
         self._store = store
-        self._key = key
         self._number = number
         self._num_steps = 0
         self._num_stretches = 0
+        self._is_new_step = False
+        self._logs: deque[tuple[int, str]] = deque()
         self._ledger = Ledger()
         self._before = Traffic()
 
     def begin_step(self, ledger: Ledger) -> None:
-        """Count the step, which all ranks count alike."""
-        self._num_steps += 1
-        self._num_stretches = 0
+        """Begin another step, to be counted once something is announced in it."""
+        self._is_new_step = True
         self._ledger = ledger
         self._before = Traffic(self.channel.gathered_bytes, self.channel.waited_seconds)
 
     def next_stretch(self) -> "_Stretch":
         """Begin the next stretch of this step."""
+        if self._is_new_step:
+            self._is_new_step = False
+            self._num_steps += 1
+            self._num_stretches = 0
+            self._remove_old_logs()
         self._num_stretches += 1
-        number = self._number, self._num_steps, self._num_stretches
         agreement = Agreement(
             self._store,
-            "/".join(map(str, (self._key, *number))),
+            f"log/{self._num_steps}/{self._num_stretches}",
             rank=self.channel.rank,
             num_ranks=self.channel.num_ranks,
         )
+        self._logs.append((self._num_steps, agreement.name))
+        number = self._number, self._num_steps, self._num_stretches
         return _Stretch(self, agreement, number=number, ledger=self._ledger)
+
+    def _remove_old_logs(self) -> None:
+        while self._logs and self._logs[0][0] < self._num_steps - _NUM_LOGGED_STEPS:
+            _, name = self._logs.popleft()
+            if self.channel.rank == 0:
+                with contextlib.suppress(RuntimeError):  # a file cannot forget
+                    self._store.remove(name)
 
     def sum_held(self, held_bytes: int) -> int:
         """Tell what this rank holds, and return the sum of what was told."""
         try:
-            self._store.set(f"{self._key}/{self._number}/held/{self.channel.rank}", str(held_bytes))
-            others = [
-                f"{self._key}/{self._number}/held/{rank}"
-                for rank in range(self.channel.num_ranks)
-                if rank != self.channel.rank
-            ]
-            return held_bytes + sum(int(self._store.get(key)) for key in others if self._store.check([key]))
+            self._store.set(f"held/{self.channel.rank}", str(held_bytes))
+            told = [self._store.get(f"held/{rank}") for rank in range(self.channel.num_ranks)]
         except RuntimeError:  # the job's store is gone
             return held_bytes
+        return sum(int(each) for each in told if each is not None)
 
     def traffic(self) -> Traffic:
         """What came since the step began."""
@@ -189,14 +200,15 @@ class _Stretch:
             if self._untold and not self.is_closed:
                 self.agreement.announce(self._untold)
                 self._untold.clear()
-            self.agreement.read()
+            elif not self.agreement.is_closed:
+                self.agreement.read()
         except RuntimeError as error:
-            self._lose_store(error)
+            self._member.channel.lose_store(error)
 
-    def lease(self, flat: Tensor, digest: bytes) -> ShardLease:
-        """Return the lease of these bytes, a new one where none lives."""
+    def lease(self, flat: Tensor, digest: bytes) -> ShardLease | None:
+        """Return the lease of these bytes, a new one where none lives and no header has told so."""
         lease = self._leases.get(digest)
-        if lease is None:
+        if lease is None and not self._gathers.has_begun:
             channel = self._member.channel
             longest = range_bytes(flat.numel(), channel.num_ranks)
             own = flat[channel.rank * longest : (channel.rank + 1) * longest].clone()
@@ -206,55 +218,44 @@ class _Stretch:
 
     def read(self, lease: ShardLease) -> Tensor:
         """Return all bytes of a lease."""
-        self.close()  # of an earlier step, of which nothing was unpacked until now
         return self._gathers.read(lease)
 
-    def close(self) -> None:
-        """Fix what is agreed, waiting for the other ranks where they are about to come."""
-        if self.is_closed:
-            return
+    def close(self, *, patiently: bool) -> None:
+        """Fix what is agreed, waiting for the other ranks where that is wanted."""
         began = time.monotonic()
         try:
             self.look()
             self.agreement.close()
-            self._wait()
+            if patiently:
+                self._wait()
+            if not self.agreement.is_closed:
+                self.agreement.end()
         except RuntimeError as error:
-            self._lose_store(error)
+            self._member.channel.lose_store(error)
         self.is_closed = True
         self._member.channel.waited_seconds += time.monotonic() - began
         self._gathers.fix(list(self.agreement.agreed))
 
     def _wait(self) -> None:
-        until = time.monotonic() + self._member.patience_seconds
+        member = self._member
+        until = time.monotonic() + member.patience_seconds
         pause_seconds = _LEAST_PAUSE_SECONDS
-        self.agreement.read()
-        while not self.agreement.is_closed:
-            if time.monotonic() > until:
-                self.agreement.end()
-                self._member.patience_seconds /= 4
-            else:
-                time.sleep(pause_seconds)
-                pause_seconds = min(2 * pause_seconds, _MOST_PAUSE_SECONDS)
+        while not self.agreement.is_closed and time.monotonic() < until:
+            time.sleep(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, _MOST_PAUSE_SECONDS)
             self.agreement.read()
-        if self.agreement.is_closed_by_all:
-            self._member.patience_seconds = self._member.channel.patience_seconds
-
-    def _lose_store(self, error: RuntimeError) -> None:
-        channel = self._member.channel
-        channel.failure = channel.failure or (
-            f"the store through which the ranks of the job met is gone ({str(error).splitlines()[0]}): the "
-            "rank or the launcher that runs it has ended."
-        )
+        is_met = self.agreement.is_closed_by_all
+        member.patience_seconds = member.channel.patience_seconds if is_met else member.patience_seconds / 4
 
 
 def _join(group: dist.ProcessGroup, *, timeout_seconds: float) -> _Member | None:
     """Return this rank's place in `group`; None where the job's store cannot be asked."""
+    answer_seconds = timeout_seconds / 4
     try:
-        # A connection of its own: no other thread's wait is in its way.
-        store = job_store().clone()  # type: ignore[attr-defined]
-        key = f"offload/{group_key(group)}"
-        number = store.add(f"{key}/stores/{dist.get_rank(group)}", 1)
+        name = f"offload/{group_key(group)}"
+        ranks = JobStore(name, timeout_seconds=answer_seconds)
+        number = ranks.count(f"stores/{dist.get_rank(group)}")
+        store = JobStore(f"{name}/{number}", timeout_seconds=answer_seconds)
     except (RuntimeError, AttributeError):
         return None
-    channel = Channel(group, store=store, key=f"{key}/{number}", timeout_seconds=timeout_seconds)
-    return _Member(channel, store=store, key=key, number=number)
+    return _Member(Channel(group, store=store, timeout_seconds=timeout_seconds), store=store, number=number)

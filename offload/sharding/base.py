@@ -9,7 +9,7 @@ from offload.part import Lease
 from offload.stats import Ledger
 
 MIN_BYTES = 4096
-"""Fewer bytes stay with their rank."""
+"""Fewer bytes stay with their rank, unannounced, as do those on other devices than the CPU."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,10 @@ class Sharding(ABC):
         """Whether what it places is read without another rank."""
         return True
 
-    def begin_backward(self) -> bool:
-        """Take note that something is unpacked; return whether what is agreed changed by that. May wait."""
+    def close(self, *, patiently: bool) -> bool:
+        """Take note that something is unpacked, or that the step is over; return whether what is agreed may
+        have changed by that. Where `patiently`, it may wait for other ranks.
+        """
         return False
 
     @property

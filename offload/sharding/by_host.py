@@ -88,9 +88,9 @@ class ByHost(Sharding):
         """Let the chosen policy place it."""
         return self._chosen.place(flat, digest)
 
-    def begin_backward(self) -> bool:
+    def close(self, *, patiently: bool) -> bool:
         """Let the chosen policy close."""
-        return self._chosen.begin_backward()
+        return self._chosen.close(patiently=patiently)
 
     def group_held_bytes(self, held_bytes: int) -> int:
         """Return what the chosen policy knows."""

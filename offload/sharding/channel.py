@@ -1,23 +1,28 @@
-"""A process group of the store's own, waited on for a bounded time."""
+"""Process groups of a store's own, waited on for a bounded time."""
 
-import functools
+import ctypes
 import threading
 import time
 from datetime import timedelta
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
+    AllgatherOptions,
+    ProcessGroupGloo,
+)
 
 from offload.errors import RankMismatchError
+from offload.sharding.job_store import JobStore
 
 _LOOK_SECONDS = 0.5
 """How often a rank that waits looks whether another has given up."""
 _CALL_SECONDS = 2.0
 """How long ranks have to answer one that has given up, at most."""
 _PAUSE_SECONDS = 0.005
+_OPERATION = timedelta(days=1)
+"""Gloo's own limit. A gather may lie ahead for as long as a rank is busy; who waits for it has a clock."""
 
 
 class Arriving(NamedTuple):
@@ -30,51 +35,65 @@ class Arriving(NamedTuple):
 class Channel:
     """Gathers among a group's ranks, apart from all other traffic.
 
-    The process group is made at the first gather: by then every rank has agreed to something, and comes.
-    Once a gather fails it is of no more use, and every later one fails alike.
+    Headers and bytes each have a process group of gloo, made at the first gather: by then every rank has
+    agreed to something, and comes. All headers are equally long, and bytes go only where all headers agree on
+    how many, so that what does not belong together is told by its content. Once a gather fails every later
+    one fails alike.
 
     Args:
         group: whose ranks.
         store: of the job, to ask who is still there.
-        key: a name in it.
         timeout_seconds: for the others to come to a gather.
     """
 
-    def __init__(self, group: dist.ProcessGroup, *, store: Store, key: str, timeout_seconds: float) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, store: JobStore, timeout_seconds: float) -> None:
         self.rank = dist.get_rank(group)
         self.num_ranks = dist.get_world_size(group)
         self.lock = threading.RLock()
         self.failure: str | None = None
         self.gathered_bytes = 0
         self.waited_seconds = 0.0
-        self._group = group
-        self._private: dist.ProcessGroup | None = None
-        self._store = store
-        self._key = key
         self.timeout_seconds = timeout_seconds
-        # Closing a stretch, meeting at the first gather and asking who is still there: one timeout together.
+        # Closing a stretch, the gather and asking who is still there take one timeout together.
         self.patience_seconds = timeout_seconds / 4
         self._call_seconds = min(_CALL_SECONDS, timeout_seconds / 8)
-        self._most_seconds = timeout_seconds - self.patience_seconds - self._call_seconds
+        self._deadline = 0.0
+        self._store = store
+        self._headers: ProcessGroupGloo | None = None
+        self._bytes: ProcessGroupGloo | None = None
 
-    def gather(self, own: Tensor) -> Arriving:
-        """Begin to gather `own`, contiguous `[n]` on the CPU and as long on every rank."""
-        self.require_whole()
-        rows = own.new_empty(self.num_ranks, own.numel())
+    def begin_read(self) -> None:
+        """Start the clock for all that one read waits for."""
+        self._deadline = time.monotonic() + (
+            self.timeout_seconds - self.patience_seconds - self._call_seconds
+        )
+
+    def gather_headers(self, own: Tensor) -> Arriving:
+        """Begin to gather `own`, uint8 `[n]` with the n of all headers."""
+        self._require_whole()
         began = time.monotonic()
         try:
-            if self._private is None:
+            if self._headers is None:
                 self._meet()
-                self._private = _private_group(self._group, self.timeout_seconds)
-            work = dist.all_gather_single(rows.view(-1), own, group=self._private, async_op=True)
+                self._headers, self._bytes = self._private_group("headers"), self._private_group("bytes")
+            return _gather(self._headers, own, num_ranks=self.num_ranks)
         except RankMismatchError:
             raise
         except RuntimeError as error:
-            raise self._given_up(error) from error
-        self.waited_seconds += time.monotonic() - began
-        self.gathered_bytes += rows.nbytes - own.nbytes
-        assert work is not None
-        return Arriving(rows, work)
+            raise self._give_up(error) from error
+        finally:
+            self.waited_seconds += time.monotonic() - began
+
+    def gather_bytes(self, own: Tensor) -> Arriving:
+        """Begin to gather `own`, uint8 `[n]` with the same n on all ranks, after a header said so."""
+        self._require_whole()
+        assert self._bytes is not None
+        try:
+            arriving = _gather(self._bytes, own, num_ranks=self.num_ranks)
+        except RuntimeError as error:
+            raise self._give_up(error) from error
+        self.gathered_bytes += arriving.rows.nbytes - own.nbytes
+        return arriving
 
     def wait(self, arriving: Arriving) -> Tensor:
         """Return the gathered rows.
@@ -86,98 +105,95 @@ class Channel:
         began = time.monotonic()
         try:
             while not work.is_completed():
-                self.require_whole()
-                left = began + self._most_seconds - time.monotonic()
+                self._require_whole()
+                left = self._deadline - time.monotonic()
                 if left <= 0 or self._has_one_given_up():
-                    raise self._given_up(None)
-                self._look(work, seconds=min(left, _LOOK_SECONDS))
+                    raise self._give_up(None)
+                _look(work, seconds=min(left, _LOOK_SECONDS))
             work.wait()
         except RankMismatchError:
             raise
         except RuntimeError as error:
-            raise self._given_up(error) from error
+            raise self._give_up(error) from error
         finally:
             self.waited_seconds += time.monotonic() - began
         return arriving.rows
 
-    def require_whole(self) -> None:
-        """Raise RankMismatchError if a gather has failed."""
+    def fail(self, message: str) -> RankMismatchError:
+        """Return the error that every gather from here on raises: the first failure."""
+        if self.failure is None:
+            self.failure = message
+            for group in (self._headers, self._bytes):
+                if group is not None:
+                    # Its end would wait for what will not come.
+                    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+        return RankMismatchError(self.failure)
+
+    def _require_whole(self) -> None:
         if self.failure is not None:
             raise RankMismatchError(self.failure)
 
-    @staticmethod
-    def _look(work: dist.Work, *, seconds: float) -> None:
-        try:
-            work.wait(timedelta(seconds=seconds))
-        except RuntimeError:
-            if work.is_completed():  # otherwise only this look is over
-                raise
-
-    def _has_one_given_up(self) -> bool:
-        try:
-            return bool(self._store.check([f"{self._key}/lost"]))
-        except RuntimeError:
-            return True
-
-    def _given_up(self, error: RuntimeError | None) -> RankMismatchError:
-        """Ask who is still there, and return the error that names the others, alike on all that are."""
-        missing = self._missing()
-        _private_group.cache_clear()  # after a timeout it is of no use to any store
-        if missing:
-            who = (
-                f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} of the group did not come to "
-            )
-            cause = "stopped, were killed, or do not run this backward"
-        else:
-            who, cause = "the ranks came to different ones instead of ", "ran backwards that differ"
-        self.failure = self.failure or (
-            f"{who}the all-gather of it within {self.timeout_seconds:g} s: they {cause}. Run the same "
-            'backward on all ranks, or share with shard="shared-memory", which waits for nobody.'
-        )
-        if error is not None and not missing:
-            self.failure += f" ({str(error).splitlines()[0]})"
-        return RankMismatchError(self.failure)
-
     def _meet(self) -> None:
         """Wait for all ranks to come to their first gather."""
-        if self._absent("met", seconds=self._most_seconds):
-            raise self._given_up(None)
+        if self._absent("met", until=self._deadline):
+            raise self._give_up(None)
 
-    def _missing(self) -> list[int]:
-        """Return the ranks that do not answer, none if the job's store is gone."""
+    def _private_group(self, name: str) -> ProcessGroupGloo:
+        left = max(1.0, self._deadline - time.monotonic())
+        return ProcessGroupGloo(self._store.below(name), self.rank, self.num_ranks, timedelta(seconds=left))
+
+    def _has_one_given_up(self) -> bool:
+        return self._store.get("lost") is not None
+
+    def _give_up(self, error: RuntimeError | None) -> RankMismatchError:
+        """Ask who is still there, and return the error that names the others, alike on all that are."""
+        if self.failure is not None:
+            return RankMismatchError(self.failure)
         try:
-            return self._absent("lost", seconds=self._call_seconds)
-        except RuntimeError:
-            return []
+            missing = self._absent("lost", until=time.monotonic() + self._call_seconds)
+        except RuntimeError as lost:
+            return self.lose_store(lost)
+        if missing:
+            seen = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} of the group did not come"
+            cause = "stopped, were killed, or do not run this backward"
+        else:
+            seen = f"the ranks of the group did not come together ({type(error).__name__})"
+            cause = "may run backwards that differ, or have lost their connection"
+        return self.fail(
+            f"{seen} to the all-gather of it within {self.timeout_seconds:g} s: they {cause}. Run the same "
+            'backward on all ranks, or share with shard="shared-memory", which waits for nobody.'
+        )
 
-    def _absent(self, name: str, *, seconds: float) -> list[int]:
-        """Say that this rank came to `name`, and return the ranks that do not within `seconds`."""
-        key = f"{self._key}/{name}"
-        self._store.append(key, f"{self.rank},")  # type: ignore[attr-defined]
-        until = time.monotonic() + seconds
+    def lose_store(self, error: RuntimeError) -> RankMismatchError:
+        """Return the error for a job's store that does not answer."""
+        return self.fail(
+            f"the store through which the ranks of the job met is gone ({str(error).splitlines()[0]}): the "
+            "rank or the launcher that runs it has ended or stopped."
+        )
+
+    def _absent(self, name: str, *, until: float) -> list[int]:
+        """Say that this rank came to `name`, and return the ranks that do not until then."""
+        came = self._store.append(name, f"{self.rank},")
         while True:
-            came = self._store.get(key).decode().split(",")
-            absent = [rank for rank in range(self.num_ranks) if str(rank) not in came]
+            ranks = came.decode().split(",")
+            absent = [rank for rank in range(self.num_ranks) if str(rank) not in ranks]
             if not absent or time.monotonic() > until:
                 return absent
             time.sleep(_PAUSE_SECONDS)
+            came = self._store.get(name) or b""
 
 
-@functools.lru_cache(maxsize=8)
-def _private_group(group: dist.ProcessGroup, timeout_seconds: float) -> dist.ProcessGroup:
-    """Return a group of the same ranks with traffic and a timeout of its own, the same for every store."""
-    private = dist.new_group(
-        dist.get_process_group_ranks(group),
-        timeout=timedelta(seconds=timeout_seconds),
-        backend="gloo",
-        use_local_synchronization=True,
-    )
-    assert isinstance(private, dist.ProcessGroup)
-    return private
+def _gather(group: ProcessGroupGloo, own: Tensor, *, num_ranks: int) -> Arriving:
+    rows = own.new_empty(num_ranks, own.numel())
+    options = AllgatherOptions()
+    options.timeout = _OPERATION
+    work = group.allgather([list(rows.unbind())], [own], options)  # type: ignore[attr-defined]
+    return Arriving(rows, work)
 
 
-def zeros_after(shard: Tensor, num_bytes: int) -> Tensor:
-    """Return `shard`, uint8 `[m]`, with zeros behind it up to `num_bytes`."""
-    if shard.numel() == num_bytes:
-        return shard
-    return torch.cat([shard, shard.new_zeros(num_bytes - shard.numel())])
+def _look(work: dist.Work, *, seconds: float) -> None:
+    try:
+        work.wait(timedelta(seconds=seconds))
+    except RuntimeError:
+        if work.is_completed():  # otherwise only this look is over
+            raise

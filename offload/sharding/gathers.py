@@ -1,7 +1,8 @@
-"""The gathers of one stretch of training: in one order on every rank, each behind a header, one ahead.
+"""The gathers of one stretch of training: in one order on every rank, each once, behind a header, one ahead.
 
 What was agreed last is gathered first, as backward needs it. A rank that unpacks in another order still
-gathers in this one, and keeps what it did not ask for yet. Before the bytes go the headers: ordinal, size and
+gathers in this one, and keeps what it did not ask for yet. What arrived stays until its last handle ends, so
+that how often a rank reads it is nobody else's matter. Before the bytes go the headers: ordinal, size and
 digest. Where they differ no bytes are sent, and whoever needs them is told.
 """
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from offload.digest import digest_of_bytes
 from offload.errors import RankMismatchError
 from offload.part import Lease
-from offload.sharding.channel import Arriving, Channel, zeros_after
+from offload.sharding.channel import Arriving, Channel
 from offload.stats import Charge, Ledger
 
 _HEADER = struct.Struct("=6q16s16s")
@@ -65,7 +66,16 @@ class Stretch(Protocol):
 class ShardLease(Lease):
     """This rank's range of bytes that all ranks of the group hold together. Owns the range."""
 
-    __slots__ = ("__weakref__", "_shard", "_stretch", "arriving", "digest", "num_all_bytes", "range_digest")
+    __slots__ = (
+        "__weakref__",
+        "_shard",
+        "_stretch",
+        "_whole",
+        "arriving",
+        "digest",
+        "num_all_bytes",
+        "range_digest",
+    )
 
     def __init__(self, shard: Tensor, *, digest: bytes, num_all_bytes: int, stretch: "Stretch") -> None:
         self._shard = shard
@@ -73,6 +83,7 @@ class ShardLease(Lease):
         self.range_digest = digest_of_bytes(shard)
         self.num_all_bytes = num_all_bytes
         self.arriving: Gather | None = None
+        self._whole: Tensor | None = None
         self._stretch = stretch
 
     @property
@@ -91,15 +102,18 @@ class ShardLease(Lease):
 
     def padded(self, num_ranks: int) -> Tensor:
         """Return the range, as long as the longest."""
-        return zeros_after(self._shard, range_bytes(self.num_all_bytes, num_ranks))
+        num_missing = range_bytes(self.num_all_bytes, num_ranks) - self._shard.numel()
+        return torch.cat([self._shard, self._shard.new_zeros(num_missing)]) if num_missing else self._shard
 
     def read(self) -> Tensor:
         """Gather all ranges; raises RankMismatchError when the others have something else, or do not come."""
-        return self._stretch.read(self)
+        if self._whole is None:
+            self._whole = self._stretch.read(self)
+        return self._whole
 
     def read_own(self) -> Tensor:
-        """Gather all ranges: what arrives is nobody else's."""
-        return self.read()
+        """Return a copy."""
+        return self.read().clone()
 
 
 class Gathers:
@@ -134,20 +148,20 @@ class Gathers:
         self._order = tuple(reversed(agreed))
         self._places = {digest: place for place, digest in enumerate(self._order)}
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether headers have gone out: what this rank holds is told."""
+        return bool(self._num_begun or self._promised)
+
     def read(self, lease: ShardLease) -> Tensor:
-        """Return all bytes of `lease`, uint8 `[n]`, the caller's own."""
+        """Return all bytes of `lease`, uint8 `[n]`; `lease.arriving` has their charge."""
         with self._channel.lock:
+            self._channel.begin_read()
             place = self._places[lease.digest]
-            is_repeated = lease.arriving is None and place < self._num_begun
-            if is_repeated:
-                self._promise(place)
-                self._exchange(place)
-            else:
-                self._begin_up_to(place)
-                self._begin_one_ahead(place + 1)
-            gather, lease.arriving = lease.arriving, None
-            assert gather is not None
-            return self._finish(gather, lease)
+            self._begin_up_to(place)
+            self._begin_one_ahead(place + 1)
+            assert lease.arriving is not None
+            return self._finish(lease.arriving, lease)
 
     def _begin_up_to(self, place: int) -> None:
         while self._num_begun <= place:
@@ -171,7 +185,7 @@ class Gathers:
             (lease.num_all_bytes, lease.range_digest) if lease is not None else (0, bytes(16))
         )
         words = _HEADER.pack(*self._number, place, size, lease is not None, digest, range_digest)
-        header = self._channel.gather(torch.frombuffer(bytearray(words), dtype=torch.uint8))
+        header = self._channel.gather_headers(torch.frombuffer(bytearray(words), dtype=torch.uint8))
         own = lease.padded(self._channel.num_ranks) if lease is not None else None
         self._promised[place] = Promise(header, own)
 
@@ -181,12 +195,14 @@ class Gathers:
         rows = self._channel.wait(header)
         del self._promised[place]
         headers = [Header(*_HEADER.unpack(bytes(row.tolist()))) for row in rows]
+        if (mix_up := mix_up_of(headers)) is not None:
+            raise self._channel.fail(mix_up)
         refusal = refusal_of(headers)
         lease = self._lease_of(self._order[place])
         if refusal is not None or own is None:
             gather = Gather(refusal=refusal)
         else:
-            arriving = self._channel.gather(own)
+            arriving = self._channel.gather_bytes(own)
             charge = self._ledger.charge(arriving.rows.nbytes) if lease is not None else None
             gather = Gather(arriving, charge, [each.range_digest for each in headers])
         if lease is not None:
@@ -215,17 +231,22 @@ def range_bytes(num_bytes: int, num_ranks: int) -> int:
     return -(-num_bytes // num_ranks)
 
 
+def mix_up_of(headers: Sequence[Header]) -> str | None:
+    """Return why headers do not belong to one gather, None if they do; alike on all ranks that got them."""
+    if len({(each.store, each.step, each.stretch, each.place) for each in headers}) == 1:
+        return None
+    seen = "; ".join(
+        f"rank {rank} to number {each.place}, stretch {each.stretch} of step {each.step}"
+        for rank, each in enumerate(headers)
+    )
+    return (
+        f"the ranks of the group came to different gathers: {seen}. Run the same backwards in the same order "
+        "on all ranks."
+    )
+
+
 def refusal_of(headers: Sequence[Header]) -> str | None:
     """Return why the ranks that sent these headers cannot gather, None if they can; alike on all of them."""
-    places = {(each.store, each.step, each.stretch, each.place) for each in headers}
-    if len(places) > 1:
-        seen = "; ".join(
-            f"rank {rank} to number {each.place}, stretch {each.stretch} of step {each.step}"
-            for rank, each in enumerate(headers)
-        )
-        return (
-            f"the ranks of the group came to different gathers: {seen}. Run the same backward on all ranks."
-        )
     gone = [rank for rank, each in enumerate(headers) if not each.is_there]
     if gone:
         return (

@@ -18,7 +18,7 @@ from offload.errors import RankMismatchError, StoreError
 from offload.part import Lease
 from offload.sharding.announced import Announced
 from offload.sharding.arena import Arena, Published
-from offload.sharding.base import MIN_BYTES, Sharding
+from offload.sharding.base import Sharding
 from offload.sharding.folder import Folder, remove_abandoned
 from offload.sharding.group import group_of, host_name, job_store
 from offload.stats import Ledger
@@ -55,7 +55,9 @@ class SharedMemory(Sharding):
     def begin_step(self, ledger: Ledger) -> None:
         """Join the ranks of this host at the first call."""
         group = group_of(self._group)
-        if group is not None and group is not self._joined:
+        if group is None:
+            self._joined = self._arena = self._announced = None
+        elif group is not self._joined:
             self._join(group)
         if self._arena is not None:
             self._arena.begin_step()
@@ -76,10 +78,10 @@ class SharedMemory(Sharding):
         return 1 if self._announced is None else 1 + self._announced.num_others(digest)
 
     def place(self, flat: Tensor, digest: bytes) -> Lease | None:
-        """Adopt what another rank published, or publish `flat`; None while another rank is at it, where there
-        is no room, and for bytes that are few or not on the CPU.
+        """Adopt what another rank published, or publish `flat`; None while another rank is at it, and where
+        there is no room.
         """
-        if self._arena is None or flat.device.type != "cpu" or flat.numel() < MIN_BYTES:
+        if self._arena is None:
             return None
         adopted = self._arena.adopt(digest, flat.numel())
         if adopted is not None:

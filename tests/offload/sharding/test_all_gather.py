@@ -80,7 +80,7 @@ def replicated(rank: int) -> None:
             del loss
             stats = store.stats
             assert stats.held_bytes == 0
-            assert stats.gathered_bytes >= 2 * 3 * MIB * (num_ranks - 1) // num_ranks
+            assert stats.gathered_bytes >= 3 * MIB * (num_ranks - 1) // num_ranks
 
 
 def sum_of(number: int) -> int:
