@@ -13,6 +13,7 @@ import torch
 
 from bench.ranks import ROOT, run_ranks
 from integrations.corpus import Sampler
+from integrations.parallel import Replicated
 from integrations.ranks import Ranks
 from integrations.train import Schedule, Training
 from integrations.transformers import load_dense
@@ -31,7 +32,7 @@ def run(ranks: Ranks, model: str) -> list[float]:
         cluster(loaded, DKMConfig(bits=3, num_steps=NUM_STEPS)),
         sampler=Sampler(corpus(), batch_size=3, seed=0),
         schedule=Schedule(NUM_STEPS, learning_rate=0.01, num_accumulated=2),
-        ranks=ranks,
+        parallel=Replicated(loaded, ranks=ranks),
     )
     return [training.step().loss for _ in range(NUM_STEPS)]
 
