@@ -22,15 +22,15 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 def shard_of(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor, which may be nothing; a plain tensor itself. No collective."""
-    return _local(tensor.detach())
+    found: Any = tensor.detach()
+    local: torch.Tensor = found.to_local() if is_sharded(found) else found
+    return local
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor, on every rank; a plain tensor itself."""
     found: Any = tensor.detach()
-    if not is_sharded(found):
-        return tensor
-    gathered: torch.Tensor = found.full_tensor()
+    gathered: torch.Tensor = found.full_tensor() if is_sharded(found) else tensor
     return gathered
 
 
@@ -65,14 +65,6 @@ def _squared_sum(tensor: torch.Tensor) -> torch.Tensor:
     # `sum` adds in pairs; `norm` would lose four digits of a large weight in fp32, and be slow in float64.
     wide = torch.promote_types(tensor.dtype, torch.float32)
     return tensor.to(wide).square().sum().double()
-
-
-def _local(tensor: Any) -> torch.Tensor:
-    if not is_sharded(tensor):
-        plain: torch.Tensor = tensor
-        return plain
-    local: torch.Tensor = tensor.to_local()
-    return local
 
 
 def _groups(tensor: Any) -> tuple[dist.ProcessGroup, ...]:

@@ -56,29 +56,26 @@ def losses(model: str, *, dtype: str, layout: str) -> list[float]:
     return [*found, *training.held_out_losses(corpus().cut(0.0)).values()]
 
 
-def write_losses(rank: int, model: str, folder: str) -> None:
-    found = {
-        f"{dtype} {layout}": losses(model, dtype=dtype, layout=layout)
-        for dtype in ("float32", "bfloat16", "mixed")
-        for layout in LAYOUTS
-    }
+def write_losses(rank: int, model: str, folder: str, *dtypes: str) -> None:
+    runs = [(dtype, layout) for dtype in dtypes for layout in LAYOUTS]
+    found = {" ".join(run): losses(model, dtype=run[0], layout=run[1]) for run in runs}
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
 
 
-def test_losses_are_those_of_one_rank(tiny_model: Path, tmp_path: Path) -> None:
-    run_ranks(f"{__name__}:write_losses", str(tiny_model), str(tmp_path), num_ranks=2)
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    for dtype in ("float32", "bfloat16", "mixed"):
+@pytest.mark.parametrize(("num_ranks", "dtypes"), [(2, ("float32", "bfloat16", "mixed")), (4, ("float32",))])
+def test_losses_are_those_of_one_rank(
+    num_ranks: int, dtypes: tuple[str, ...], tiny_model: Path, tmp_path: Path
+) -> None:
+    run_ranks(f"{__name__}:write_losses", str(tiny_model), str(tmp_path), *dtypes, num_ranks=num_ranks)
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(num_ranks)]
+    assert all(rank == ranks[0] for rank in ranks)
+    for dtype in dtypes:
         alone = losses(str(tiny_model), dtype=dtype, layout="alone")
+        while_training, held_out = (1e-5, 0.02) if dtype == "float32" else (0.05, 0.05)
         for layout in LAYOUTS:
-            found = first[f"{dtype} {layout}"]
-            assert found == second[f"{dtype} {layout}"]
-            assert found[:NUM_STEPS] == pytest.approx(
-                alone[:NUM_STEPS], rel=1e-5 if dtype == "float32" else 0.05
-            )
-            assert found[NUM_STEPS:] == pytest.approx(
-                alone[NUM_STEPS:], rel=0.02 if dtype == "float32" else 0.05
-            )
+            found = ranks[0][f"{dtype} {layout}"]
+            assert found[:NUM_STEPS] == pytest.approx(alone[:NUM_STEPS], rel=while_training)
+            assert found[NUM_STEPS:] == pytest.approx(alone[NUM_STEPS:], rel=held_out)
 
 
 class Forked(nn.Module):
@@ -130,6 +127,7 @@ def run_parts(rank: int, model: str, folder: str) -> None:
         recipe = replace(recipe_in(place, model), parallel=layout)
         finetune(recipe, Destination(place / layout))
         stop_on_first(rank, recipe, place / f"{layout}-stopped")
+        finetune(replace(recipe, dense=True), Destination(place / f"{layout}-dense"))
     for layout, other in (LAYOUTS, LAYOUTS[::-1]):
         recipe = replace(recipe_in(place, model), parallel=layout)
         finetune(recipe, Destination(place / f"{layout}-stopped", resume=True))
@@ -166,6 +164,12 @@ def test_a_checkpoint_is_every_layouts_and_its_palettes_are_the_same_bytes(
         shutil.copytree(tmp_path / layout / "checkpoints", alone / "checkpoints")
         finetune(recipe, Destination(alone, resume=True))
         assert files(alone) == unbroken
+    control, sharded = (tmp_path / f"{layout}-dense" for layout in LAYOUTS)
+    assert (sharded / "config.json").read_bytes() == (control / "config.json").read_bytes()
+    # As far apart as gradients summed in bf16 and in fp32, and no further.
+    weights = [load_dense(str(path)).state_dict() for path in (control, sharded)]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=0.05, atol=0.02)
 
 
 class Job:
