@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -83,7 +84,7 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
     except RuntimeError as error:
         if not _is_about_ranks(error):
             raise
-        said = " ".join(str(error).split(". ")[0].split())
+        said = re.sub(r"^\[\S*\] ", "", " ".join(str(error).split())).partition(". ")[0]
         # A group that a broken step still holds at the interpreter's end aborts the process.
         traceback.clear_frames(error.__traceback__)
         gc.collect()
