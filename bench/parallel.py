@@ -25,7 +25,7 @@ from integrations.transformers import load_dense, load_tokenizer, model_context
 
 _NUM_COMPARED = 10
 _BATCH_SIZE = 8
-_MAX_CONTEXT = 128
+_MAX_CONTEXT = 64
 _LAYOUTS = ("ddp", "fsdp")
 
 
@@ -96,7 +96,7 @@ def main() -> None:
     result: dict[str, Any] = {dtype: measure(options, dtype=dtype) for dtype in options.dtype}
     result["model"] = Path(options.model).name
     if options.keep:
-        keep("parallel", result | {"machine": machine()})
+        keep("-".join(["parallel", *options.dtype]), result | {"machine": machine()})
     print(json.dumps(result | {"machine": machine()}, indent=1) if options.json else _lines(result))
 
 
