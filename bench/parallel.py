@@ -1,130 +1,108 @@
-"""What a LLaMA step's ranks hold under DDP, FSDP2 and tensor parallel, and which tensors they share: the part
-of `python -m bench.step` behind `--ranks`.
+"""Whether several ranks come to what one comes to: losses of clustered training, data parallel and FSDP2.
+
+python -m bench.parallel --model llama/ --text text.txt --json
 """
 
+import argparse
 import json
+import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from bench.llama import LlamaStep, plain_bytes
+from bench.machine import keep, machine
 from bench.ranks import run_ranks
-from offload import SavedTensorStore
-from offload.stats import Row
+from edkm import DKMConfig, cluster
+from integrations.corpus import Sampler
+from integrations.parallel import Replicated, Sharded
+from integrations.ranks import Ranks
+from integrations.text import read_training_text
+from integrations.train import Schedule, Training
+from integrations.transformers import load_dense, load_tokenizer, model_context
 
-_NUM_STEPS = 3
-_TIMEOUT_SECONDS = 900.0
-_NUM_LINES = 12
-_STORES: Mapping[str, dict[str, Any]] = {
-    "store": {"uniquify": True},
-    "shared memory": {"uniquify": True, "shard": "shared-memory"},
-    "all-gather": {"uniquify": True, "shard": "all-gather"},
-}
-
-
-def _ddp(model: nn.Module) -> nn.Module:
-    return nn.parallel.DistributedDataParallel(model)
+_NUM_COMPARED = 10
+_BATCH_SIZE = 8
+_MAX_CONTEXT = 64
+_LAYOUTS = ("ddp", "fsdp")
 
 
-def _fsdp(model: nn.Module) -> nn.Module:
-    for layer in model.get_submodule("model.layers").children():
-        fully_shard(layer)
-    return fully_shard(model)
-
-
-def _tensor_parallel(model: nn.Module) -> nn.Module:
-    split = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-    joined = ("self_attn.o_proj", "mlp.down_proj")
-    plan = {f"model.layers.*.{name}": ColwiseParallel() for name in split}
-    plan |= {f"model.layers.*.{name}": RowwiseParallel() for name in joined}
-    return parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
-
-
-WRAPS: Mapping[str, Callable[[nn.Module], nn.Module]] = {
-    "DDP": _ddp,
-    "FSDP2": _fsdp,
-    "tensor parallel": _tensor_parallel,
-}
-"""Of these the first two give each rank a batch of its own, the last gives all ranks the same."""
-
-
-def measure_parallel(dtype: str, *, num_ranks: int) -> dict[str, Any]:
-    """Return for each wrapper what the group holds each way, in bytes, and the lines of code whose tensors
-    are shared.
-    """
-    result = {}
-    for name in WRAPS:
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = (name, dtype, folder)
-            run_ranks(
-                "bench.parallel:measure_rank",
-                *arguments,
-                num_ranks=num_ranks,
-                timeout_seconds=_TIMEOUT_SECONDS,
-            )
-            ranks = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(num_ranks)]
-        result[name] = {
-            "group_held_bytes": {
-                way: sum(rank["held_bytes"][way] for rank in ranks) for way in ranks[0]["held_bytes"]
-            },
-            "bit_identical": all(rank["bit_identical"] for rank in ranks),
-            "shared": ranks[0]["shared"],
-        }
-    return result
-
-
-def measure_rank(rank: int, name: str, dtype: str, folder: str) -> None:
-    """Write this rank's bytes each way, held at the end of forward, to `folder`."""
+def measure_rank(_rank: int, model: str, text: str, dtype: str, layout: str, steps: str, folder: str) -> None:
+    """Write the losses of a run, which are the same on every rank, to `folder`."""
     torch.set_num_threads(1)
-    seed = 0 if name == "tensor parallel" else rank
-    llama = LlamaStep(dtype, wrap=WRAPS[name], seed=seed)
-    llama.step(nullcontext()).backward()
-    plain = llama.gradients()
-    saved = plain_bytes(llama)
-    held = {"no store": saved["storage"], "save_on_cpu": saved["saved"]}
-    is_identical, shared = True, []
-    for way, options in _STORES.items():
-        store = SavedTensorStore(**options)
-        held[way], rows = _held_bytes(llama, store)
-        is_identical &= all(map(torch.equal, llama.gradients(), plain))
-        shared = rows or shared
-    result = {"held_bytes": held, "bit_identical": is_identical, "shared": shared}
-    Path(folder, f"{rank}.json").write_text(json.dumps(result))
+    context = min(model_context(model), _MAX_CONTEXT)
+    reading = read_training_text(Path(text), load_tokenizer(model), context=context)
+    corpus, held_out = reading.corpus.hold_out(64)
+    loaded = load_dense(model, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    clustering = cluster(loaded, DKMConfig(bits=3, num_steps=int(steps)))
+    is_mixed = dtype == "mixed"
+    training = Training(
+        loaded,
+        clustering,
+        sampler=Sampler(corpus, batch_size=_BATCH_SIZE, seed=0),
+        schedule=Schedule(int(steps), learning_rate=0.01),
+        parallel=Sharded(loaded, ranks=Ranks(), dtype=torch.bfloat16 if is_mixed else None)
+        if layout == "fsdp"
+        else Replicated(loaded, ranks=Ranks(), autocast=is_mixed),
+    )
+    losses = [training.step().loss for _ in range(int(steps))]
+    found = {"losses": losses, "held_out": training.held_out_losses(held_out)}
+    if dist.get_rank() == 0:
+        Path(folder, "losses.json").write_text(json.dumps(found))
 
 
-def _held_bytes(llama: LlamaStep, store: SavedTensorStore) -> tuple[int, list[str]]:
-    """Return what this rank holds once all have told what they hold, and the lines that share most."""
-    loss: Tensor
-    for _ in range(_NUM_STEPS):
-        loss = llama.step(store)
-        for _ in range(2):
-            dist.barrier()
-            stats = store.stats
-        dist.barrier()
-        rows = [row for row in store.rows() if "shared" in row.num_by_stage]
-        loss.backward()
-    rows.sort(key=lambda row: row.saved_bytes, reverse=True)
-    return stats.held_bytes, [_line(row) for row in rows[:_NUM_LINES]]
+def _run(options: argparse.Namespace, *, dtype: str, layout: str, num_ranks: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (options.model, options.text, dtype, layout, str(options.steps), folder)
+        run_ranks("bench.parallel:measure_rank", *arguments, num_ranks=num_ranks, timeout_seconds=1800)
+        found: dict[str, Any] = json.loads(Path(folder, "losses.json").read_text())
+        return found
 
 
-def _line(row: Row) -> str:
-    return f"{row.num_by_stage['shared']} x {list(row.shape)} {row.dtype} at {row.site}"
+def measure(options: argparse.Namespace, *, dtype: str) -> dict[str, Any]:
+    """Return how far each number of ranks and layout is from one rank, relatively."""
+    alone = _run(options, dtype=dtype, layout="ddp", num_ranks=1)
+    rows: dict[str, Any] = {"1 rank": {"last_loss": alone["losses"][-1], "held_out": alone["held_out"]}}
+    for num_ranks in options.ranks:
+        for layout in _LAYOUTS:
+            found = _run(options, dtype=dtype, layout=layout, num_ranks=num_ranks)
+            first = zip(found["losses"][:_NUM_COMPARED], alone["losses"], strict=False)
+            rows[f"{layout}, {num_ranks} ranks"] = {
+                f"first_{_NUM_COMPARED}_losses_off_at_most": max(abs(a / b - 1) for a, b in first),
+                "held_out_off": {
+                    name: abs(loss / alone["held_out"][name] - 1) for name, loss in found["held_out"].items()
+                },
+                "last_loss": found["losses"][-1],
+            }
+            print(dtype, list(rows.items())[-1], file=sys.stderr)
+    return rows
 
 
-def table(result: dict[str, Any]) -> str:
-    """Return the result as lines for people."""
-    ways = ("no store", "save_on_cpu", *_STORES)
-    lines = [f"{'MiB of the group':18}" + "".join(f"{way:>15}" for way in ways)]
-    for name, row in result.items():
-        lines.append(f"{name:18}" + "".join(f"{row['group_held_bytes'][way] / 2**20:>15.1f}" for way in ways))
-        lines += [f"    {line}" for line in row["shared"]]
-    return "\n".join(lines)
+def main() -> None:
+    """Measure, print, and keep the result when asked to."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.parallel", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--model", required=True, help="model directory")
+    parser.add_argument("--text", required=True, help="plain text to train on, as a stream")
+    parser.add_argument("--steps", type=int, default=50, help="of each run (default 50)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="beside 1 (default 2 4)")
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16", "mixed"])
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    parser.add_argument("--keep", action="store_true", help="also write it to bench/results/")
+    options = parser.parse_args()
+    result: dict[str, Any] = {dtype: measure(options, dtype=dtype) for dtype in options.dtype}
+    result["model"] = Path(options.model).name
+    if options.keep:
+        keep("-".join(["parallel", *options.dtype]), result | {"machine": machine()})
+    print(json.dumps(result | {"machine": machine()}, indent=1) if options.json else _lines(result))
+
+
+def _lines(result: dict[str, Any]) -> str:
+    return "\n".join(f"{dtype:9} {rows}" for dtype, rows in result.items())
+
+
+if __name__ == "__main__":
+    main()

@@ -18,9 +18,9 @@ from torch.autograd.graph import save_on_cpu
 
 from bench.llama import DTYPES, LlamaStep, plain_bytes
 from bench.machine import keep, machine
-from bench.parallel import measure_parallel
-from bench.parallel import table as parallel_table
 from bench.rounds import median_ratio, step_seconds
+from bench.step_ranks import measure_parallel
+from bench.step_ranks import table as parallel_table
 from offload import SavedTensorStore
 
 

@@ -33,8 +33,8 @@ def cluster(model: nn.Module, config: DKMConfig) -> Clustering:
         The handle to train with.
 
     Raises:
-        PaletteError: nothing to cluster, clustered already, a weight that is NaN or infinite, or one that the
-            configuration does not fit; nothing is changed then.
+        PaletteError: nothing to cluster, clustered already, a weight that is NaN or infinite, sharded over
+            ranks already, or one that the configuration does not fit; nothing is changed then.
     """
     if clustered_weights(model):
         raise PaletteError("the model is clustered already: palettize it, or cluster a fresh one")
@@ -47,11 +47,11 @@ def cluster(model: nn.Module, config: DKMConfig) -> Clustering:
         parametrization = ClusteredWeight(
             weight, bits=choice.bits, config=config, trained_soft=choice.trained_soft
         )
-        attached[" = ".join(choice.names)] = (parametrization, weight)
         for module in choice.modules:
             # Unsafe spares the check's three passes, nothing else: shape and dtype stay.
             register_parametrization(module, "weight", parametrization, unsafe=True)
             parametrization.train(model.training)
+        attached[" = ".join(choice.names)] = (parametrization, _steps(choice.modules[0]))
     guard_save_pretrained(model)
     return Clustering(model, attached)
 
@@ -62,12 +62,17 @@ def clustered_weights(model: nn.Module) -> dict[str, tuple[ClusteredWeight, nn.P
     for name, module in model.named_modules(remove_duplicate=False):
         parametrizations = getattr(module, "parametrizations", None)
         if isinstance(parametrizations, nn.ModuleDict) and "weight" in parametrizations:
-            steps = parametrizations["weight"]
-            assert isinstance(steps, ParametrizationList)
+            steps = _steps(module)
             if isinstance(steps[0], ClusteredWeight):
                 assert isinstance(steps.original, nn.Parameter)
                 found[name] = (steps[0], steps.original)
     return found
+
+
+def _steps(module: nn.Module) -> ParametrizationList:
+    steps = module.parametrizations["weight"]  # type: ignore[index]
+    assert isinstance(steps, ParametrizationList)
+    return steps
 
 
 def guard_save_pretrained(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from edkm.parametrization import ClusteredWeight
+from edkm.shards import shard_of, squared_sums
 
 # As small as fp32 allows: the bound on Adam's step is to come from the gradient alone.
 _EPSILON = 1e-12
@@ -21,11 +22,12 @@ class Clustering:
 
     Arguments:
         model: the clustered model; not owned.
-        weights: the parametrization of each clustered weight and the dense weight in front of it, by the
-            names of the modules that share it.
+        weights: the parametrization of each clustered weight and the module that has the dense weight in
+            front of it as `original`, by the names of the modules that share it. With none, training is that
+            of a dense model in the same units.
     """
 
-    def __init__(self, model: nn.Module, weights: Mapping[str, tuple[ClusteredWeight, nn.Parameter]]) -> None:
+    def __init__(self, model: nn.Module, weights: Mapping[str, tuple[ClusteredWeight, nn.Module]]) -> None:
         self._model = model
         self._weights = dict(weights)
 
@@ -46,8 +48,8 @@ class Clustering:
             changing its function trains alike.
         """
         groups = []
-        for parameter in self._trained():
-            rms = _rms(parameter)
+        parameters = self._trained()
+        for parameter, rms in zip(parameters, _scales(parameters), strict=True):
             # AdamW multiplies the decay with `lr`, which has the weight's unit already.
             groups.append(
                 {
@@ -62,26 +64,29 @@ class Clustering:
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale all gradients so that the norm of (gradient times root mean square of its weight) is at most
-        `max_norm`.
+        `max_norm`, over all ranks where they are sharded.
 
         Returns:
             The norm before, 0-d fp32.
         """
-        pairs = [(p.grad, _rms(p)) for p in self._trained() if p.grad is not None]
-        if not pairs:
-            return torch.zeros(())
-        norm: torch.Tensor = torch.stack([gradient.float().norm() * rms for gradient, rms in pairs]).norm()
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for gradient, _ in pairs:
-            gradient.mul_(factor)
-        return norm
+        parameters = [parameter for parameter in self._trained() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        pairs = zip(squared_sums(gradients), _scales(parameters), strict=True)
+        norm = math.sqrt(sum(square * rms**2 for square, rms in pairs))
+        factor = min(1.0, max_norm / (norm + 1e-6))
+        for gradient in gradients:
+            shard_of(gradient).mul_(factor)
+        return torch.tensor(norm)
 
     @torch.no_grad()
     def num_dead_centroids(self) -> dict[str, int]:
-        """Centroids that no weight is nearest to, by the clustered weight's name."""
+        """Centroids that no weight is nearest to, by the clustered weight's name; all ranks call it where
+        weights are sharded.
+        """
         return {
-            name: int((parametrization.palette(weight).counts() == 0).sum())
-            for name, (parametrization, weight) in self._weights.items()
+            # Looked up now: FSDP puts other parameters in the place of those that were clustered.
+            name: int((parametrization.palette(_original(module)).counts() == 0).sum())
+            for name, (parametrization, module) in self._weights.items()
             if parametrization.trained_soft
         }
 
@@ -112,7 +117,15 @@ class Clustering:
         return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
 
 
-def _rms(parameter: torch.Tensor) -> float:
-    rms = float(parameter.detach().float().square().mean().sqrt()) if parameter.numel() else 0.0
+def _original(module: nn.Module) -> nn.Parameter:
+    weight = module.original
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def _scales(parameters: list[nn.Parameter]) -> list[float]:
+    """Root mean square of each parameter, of all its shards."""
+    squares = zip(squared_sums(parameters), parameters, strict=True)
+    found = [math.sqrt(square / max(1, parameter.numel())) for square, parameter in squares]
     # A fresh bias is zero and has no scale of its own yet; one that is not finite is the loss's to report.
-    return rms if rms > 0 and math.isfinite(rms) else 1.0
+    return [rms if rms > 0 and math.isfinite(rms) else 1.0 for rms in found]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from edkm.shards import is_sharded, shard_of, summed, whole
+
 _MAX_ROUNDS = 50
 _MAX_CELLS = 512
 _CHUNK = 1 << 21
 _MAX_VECTORS = 1 << 16
 _MAX_VECTOR_ROUNDS = 30
+_HALF = 1 << 15
 # Beyond the first 20 bits of a float32 there is less than a two-thousandth of its value.
 _DROPPED_BITS = 12
 
@@ -17,7 +20,12 @@ _DROPPED_BITS = 12
 def starting_centroids(
     weight: torch.Tensor, *, num_centroids: int, vector_length: int = 1, num_groups: int = 1
 ) -> torch.Tensor:
-    """Find centroids by k-means; the same weight always gives the same ones.
+    """Find centroids by k-means; the same weight always gives the same ones, on any number of ranks.
+
+    Of a weight that is sharded over ranks, all of which call this, each counts the 16-bit values of its
+    shard, and the counts are added up: they are whole numbers, so that it does not matter who counted what.
+    Sums over wider values would depend on how they are parted, and vectors and groups reach over borders of
+    shards: those weights are gathered.
 
     Arguments:
         weight: finite, floating point, its first dimension a multiple of `num_groups`.
@@ -29,17 +37,20 @@ def starting_centroids(
         `[G, K, d]` fp32 (float64 for a float64 weight), sorted for d = 1.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
+    if is_sharded(weight) and weight.element_size() == 2 and vector_length == num_groups == 1:
+        counts = summed(_pattern_counts(shard_of(weight).flatten()), over=weight)
+        return _scalars(*_of_patterns(counts, weight.dtype), num_centroids=num_centroids)[None].to(wide)
+    weight = whole(weight)
     groups = weight.detach().reshape(num_groups, -1, vector_length)
     if vector_length == 1:
-        found = [_scalars(group.flatten(), num_centroids) for group in groups]
+        found = [_scalars(*_histogram(group.flatten()), num_centroids=num_centroids) for group in groups]
     else:
         found = [_vectors(_sampled(group).to(wide), num_centroids) for group in groups]
     return torch.stack(found).to(wide)
 
 
-def _scalars(values: torch.Tensor, num_centroids: int) -> torch.Tensor:
-    """K-means in one dimension, `[K, 1]`: the best on a coarse histogram, then rounds on a fine one."""
-    means, counts = _histogram(values)
+def _scalars(means: torch.Tensor, counts: torch.Tensor, *, num_centroids: int) -> torch.Tensor:
+    """K-means in one dimension, `[K, 1]`: the best on a coarse histogram, then rounds on the fine one."""
     if means.numel() <= num_centroids:
         return torch.cat([means, means[-1:].expand(num_centroids - means.numel())]).unsqueeze(1)
     centroids = _best(*_coarse(means, counts), num_centroids=num_centroids)
@@ -58,20 +69,36 @@ def _histogram(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     A bin is a 16-bit value, or the first 20 bits of a wider one's distance from the mean: bins are narrow
     where weights are dense, and a far outlier costs the others no resolution.
     """
-    narrow = values.element_size() == 2
-    half = 1 << (15 if narrow else 31 - _DROPPED_BITS)
-    centre = 0.0 if narrow else float(values.mean())
+    if values.element_size() == 2:
+        return _of_patterns(_pattern_counts(values), values.dtype)
+    half = 1 << (31 - _DROPPED_BITS)
+    centre = float(values.mean())
     counts = torch.zeros(2 * half, dtype=torch.float64, device=values.device)
     sums = torch.zeros_like(counts)
     # In pieces: temporaries the size of the weight would cost more than the counting.
     for chunk in torch.split(values, _CHUNK):
-        patterns = chunk.view(torch.int16).int() if narrow else (chunk - centre).float().view(torch.int32)
-        keys = (patterns if narrow else patterns >> _DROPPED_BITS) + half
+        keys = ((chunk - centre).float().view(torch.int32) >> _DROPPED_BITS) + half
         counts += torch.bincount(keys, minlength=2 * half)
         sums += torch.bincount(keys, weights=chunk.double(), minlength=2 * half)
     filled = counts > 0
     means, order = (sums[filled] / counts[filled]).sort()
     return means, counts[filled][order]
+
+
+def _pattern_counts(values: torch.Tensor) -> torch.Tensor:
+    """How many of some 16-bit values have each bit pattern, read as an integer: `[65536]`, in its order."""
+    counts = torch.zeros(2 * _HALF, dtype=torch.int64, device=values.device)
+    for chunk in torch.split(values, _CHUNK):
+        counts += torch.bincount(chunk.view(torch.int16).int() + _HALF, minlength=2 * _HALF)
+    return counts
+
+
+def _of_patterns(counts: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The histogram that `_pattern_counts` of values of a dtype make."""
+    patterns = torch.arange(-_HALF, _HALF, device=counts.device).to(torch.int16)
+    filled = counts > 0
+    means, order = patterns.view(dtype)[filled].double().sort()
+    return means, counts[filled][order].double()
 
 
 def _coarse(means: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,10 +11,15 @@ from edkm.config import DKMConfig
 from edkm.errors import PaletteError
 from edkm.palette import Palette
 from edkm.palettized import PalettizedEmbedding, PalettizedLinear
+from edkm.shards import shard_of, summed
 
 
 def palettize(model: nn.Module, config: DKMConfig | None = None) -> nn.Module:
     """Replace clustered modules by ones that run from a palette: exactly the weights that evaluation ran on.
+
+    Weights that FSDP shards are gathered one after the other, and every rank, all of which call it, gets the
+    same palettes. What stays dense stays sharded, and the model is to be saved, not run: FSDP's hooks still
+    gather weights that it no longer runs on.
 
     Arguments:
         model: clustered, or dense with a `config`; changed in place.
@@ -34,7 +39,8 @@ def palettize(model: nn.Module, config: DKMConfig | None = None) -> nn.Module:
         raise PaletteError("the model is not clustered: cluster it first, or give palettize a DKMConfig")
     palettes: dict[int, Palette] = {}
     for name, (parametrization, weight) in clustered.items():
-        if not bool(weight.detach().isfinite().all()):
+        num_bad = summed((~shard_of(weight).isfinite()).sum(), over=weight)
+        if int(num_bad):
             raise PaletteError(f"cannot palettize {name}: its weight became NaN or infinite in training")
         if id(weight) not in palettes:
             palettes[id(weight)] = parametrization.palette(weight)

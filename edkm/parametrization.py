@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from edkm.config import DKMConfig
+from edkm.errors import PaletteError
 from edkm.fused import fused_through
 from edkm.init import starting_centroids
 from edkm.palette import Palette
+from edkm.shards import is_sharded, whole
 
 _TABLE_DTYPES: Mapping[str | None, torch.dtype | None] = {
     None: None,
@@ -52,7 +54,17 @@ class ClusteredWeight(nn.Module):
             self.register_buffer("num_steps_done", torch.zeros((), dtype=torch.int64, device=weight.device))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight to run on; the same bits however often it is read."""
+        """The weight to run on; the same bits however often it is read.
+
+        Raises:
+            PaletteError: the weight is sharded, as FSDP has it outside of a forward pass: a gather here would
+                wait for ranks that may not read it.
+        """
+        if is_sharded(weight):
+            raise PaletteError(
+                f"cannot read a clustered weight of shape {list(weight.shape)}: this rank holds a shard; "
+                "call unshard() of the fully_shard module around it on every rank, read, and reshard()"
+            )
         soft = self.training if self.forced_soft is None else self.forced_soft
         if not soft:
             return self._keep(weight, lambda: self.palette(weight).decode())
@@ -63,8 +75,9 @@ class ClusteredWeight(nn.Module):
         return self._keep(weight, lambda: self._cluster(weight))
 
     def palette(self, weight: torch.Tensor) -> Palette:
-        """The dense weight, snapped."""
-        return Palette.snap(weight, self.centroids if self.trained_soft else self._k_means(weight))
+        """The dense weight, snapped; where it is sharded, all ranks call this and get the same."""
+        centroids = self.centroids if self.trained_soft else self._k_means(weight)
+        return Palette.snap(whole(weight), centroids)
 
     def commit(self) -> None:
         """Take the centroids of the first training pass since the last commit over into the next step."""

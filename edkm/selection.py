@@ -11,6 +11,7 @@ from torch import nn
 
 from edkm.config import DKMConfig
 from edkm.errors import PaletteError
+from edkm.shards import is_sharded
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,10 @@ def _require_clusterable(choice: Choice, config: DKMConfig) -> None:
                 f"cannot cluster {name}: {type(module).__name__} does more than {plain.__name__}: "
                 "leave it dense with an override of None"
             )
+    if is_sharded(weight):
+        raise PaletteError(
+            f"cannot cluster {name}: it is sharded over ranks already; call cluster first, then fully_shard"
+        )
     channels = config.group_channels or 1
     if weight.shape[0] % channels or weight.shape[1] % config.vector_length:
         raise PaletteError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from integrations.errors import CommandError, InterruptedRunError
-from integrations.recipe import DTYPES, Destination, Recipe
+from integrations.recipe import DTYPES, PARALLEL, Destination, Recipe
 
 _EXTRA = ("transformers", "tokenizers", "tqdm")
 _MAX_NUMBER = 2**32
@@ -129,7 +129,14 @@ def _add_run(parser: Any) -> None:
         "--dtype",
         choices=DTYPES,
         default=Recipe.dtype,
-        help="of the weights; auto is the checkpoint's, float32 for float16 [%(default)s]",
+        help="of the weights; auto: the checkpoint's, float32 for float16; bfloat16 and mixed: computed in "
+        "bf16, with fp32 masters or on fp32 weights [%(default)s]",
+    )
+    add(
+        "--parallel",
+        choices=PARALLEL,
+        default=Recipe.parallel,
+        help="under torchrun: every rank holds the model, or (fsdp) a part of it [%(default)s]",
     )
     add("--device", default=Recipe.device, help="where to train, such as cuda [%(default)s]")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")

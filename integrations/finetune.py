@@ -5,25 +5,33 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from edkm import DKMConfig, PaletteError, cluster
+from edkm import Clustering, DKMConfig, PaletteError, cluster, palettize
 from integrations.checkpoint import Checkpoints
 from integrations.corpus import Corpus, Row, Sampler
-from integrations.dense import DenseWeights
 from integrations.directory import disk_bytes, made_early, require_vacant
 from integrations.errors import CommandError, told_as_command_error
 from integrations.evaluate import held_out_loss
 from integrations.palettized import write_dense, write_palettized
+from integrations.parallel import Parallel, Replicated, Sharded
 from integrations.ranks import Ranks, joined_ranks
 from integrations.recipe import Destination, Recipe
+from integrations.shards import make_whole
 from integrations.text import Reading, read_training_text
 from integrations.train import Schedule, Training, Weights, train
-from integrations.transformers import load_dense, load_tokenizer, model_context, require_model
+from integrations.transformers import (
+    HubTokenizer,
+    load_dense,
+    load_tokenizer,
+    model_context,
+    require_model,
+)
 
 _MAX_HELD_OUT_ROWS = 64
 _MAX_GAP = 0.01
@@ -64,15 +72,14 @@ def _finetune(recipe: Recipe, *, destination: Destination, ranks: Ranks) -> dict
     model = _load(recipe)
     loss_dense = held_out_loss(model, held_out)
     weights = _weights(model, recipe)
-    training = _training(model, weights, corpus=corpus, recipe=recipe, ranks=ranks)
+    parallel = _parallel(model, recipe, ranks=ranks)
+    training = _training(model, weights, corpus=corpus, recipe=recipe, parallel=parallel)
     notes = _train(training, recipe=recipe, destination=destination, held_out=held_out)
     after = training.held_out_losses(held_out)
     num_dead = sum(weights.num_dead_centroids().values())
+    _write(model, recipe, tokenizer=tokenizer, directory=destination.output, ranks=ranks)
     if ranks.is_first:
-        write = write_dense if recipe.dense else write_palettized
-        write(model, tokenizer=tokenizer, directory=destination.output)
         _warn_of_gap(after)
-    ranks.wait()
     return {
         "output": str(destination.output),
         "bits": None if recipe.dense else recipe.bits,
@@ -116,7 +123,8 @@ def _counts(reading: Reading, held_out: Sequence[Row]) -> dict[str, int]:
 
 def _load(recipe: Recipe) -> PreTrainedModel:
     torch.manual_seed(recipe.seed)
-    model = load_dense(recipe.model, dtype=None if recipe.dtype == "auto" else getattr(torch, recipe.dtype))
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "mixed": torch.float32}
+    model = load_dense(recipe.model, dtype=dtypes.get(recipe.dtype))
     if model.dtype == torch.float16:
         # Gradients this small vanish in float16, and nothing here scales the loss.
         nn.Module.float(model)
@@ -128,20 +136,27 @@ def _load(recipe: Recipe) -> PreTrainedModel:
 
 def _weights(model: nn.Module, recipe: Recipe) -> Weights:
     if recipe.dense:
-        return DenseWeights(model)
+        return Clustering(model, {})
     with told_as_command_error(PaletteError):
         return cluster(model, _config(recipe))
 
 
+def _parallel(model: nn.Module, recipe: Recipe, *, ranks: Ranks) -> Parallel:
+    is_mixed = recipe.dtype == "mixed"
+    if recipe.parallel == "fsdp" and ranks.num_ranks > 1:
+        return Sharded(model, ranks=ranks, dtype=torch.bfloat16 if is_mixed else None)
+    return Replicated(model, ranks=ranks, autocast=is_mixed)
+
+
 def _training(
-    model: nn.Module, weights: Weights, *, corpus: Corpus, recipe: Recipe, ranks: Ranks
+    model: nn.Module, weights: Weights, *, corpus: Corpus, recipe: Recipe, parallel: Parallel
 ) -> Training:
     return Training(
         model,
         weights,
         sampler=Sampler(corpus, batch_size=recipe.batch_size, seed=recipe.seed),
         schedule=Schedule(recipe.steps, recipe.learning_rate, num_accumulated=recipe.accumulate),
-        ranks=ranks,
+        parallel=parallel,
     )
 
 
@@ -182,6 +197,20 @@ def _train(
         notes=notes,
     )
     return notes
+
+
+def _write(
+    model: PreTrainedModel, recipe: Recipe, *, tokenizer: HubTokenizer, directory: Path, ranks: Ranks
+) -> None:
+    """Write the result once, on the first rank; all ranks make it ready, and wait for it."""
+    if not recipe.dense:
+        with told_as_command_error(PaletteError):
+            palettize(model)
+    make_whole(model, keep=ranks.is_first)
+    if ranks.is_first:
+        write = write_dense if recipe.dense else write_palettized
+        write(model, tokenizer=tokenizer, directory=directory)
+    ranks.wait()
 
 
 def _warn_of_gap(losses: Mapping[str, float]) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from integrations.shards import spread
+
 _BETAS = (0.9, 0.95)
 
 
@@ -55,12 +57,17 @@ class MasterAdamW:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken, over the same parameters."""
-        self._adamw.load_state_dict(state["adamw"])
+        """Go on where `state` was taken, over the same parameters; whole tensors are spread like those."""
+        parameters = [each for group in self._adamw.param_groups for each in group["params"]]
+        moments = {
+            place: {name: spread(value, like=parameters[place]) for name, value in of_one.items()}
+            for place, of_one in state["adamw"]["state"].items()
+        }
+        self._adamw.load_state_dict({**state["adamw"], "state": moments})
         self._peaks = list(state["peaks"])
         with torch.no_grad():
             for (_, master), saved in zip(self._pairs, state["masters"], strict=True):
-                master.copy_(saved)
+                master.copy_(spread(saved, like=master))
 
     def _masters(self, parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
         return [self._master(parameter) for parameter in parameters]

@@ -42,14 +42,15 @@ def load_model(name: str) -> transformers.PreTrainedModel:
 def write_palettized(
     model: transformers.PreTrainedModel, *, tokenizer: HubTokenizer, directory: Path
 ) -> None:
-    """Snap a clustered model, in place, and write it with its configuration and tokenizer.
+    """Write a palettized model with its configuration and tokenizer.
 
     Raises:
         CommandError: it cannot be written; nothing of it is left.
     """
-    with told_as_command_error(PaletteError):
-        palettize(model)
-    _write(model, tokenizer, directory)
+    with filled_whole(directory) as partial:
+        save_palettized(model, partial)
+        model.config.save_pretrained(partial)
+        tokenizer.save(partial)
 
 
 def write_dense(model: transformers.PreTrainedModel, *, tokenizer: HubTokenizer, directory: Path) -> None:
@@ -85,7 +86,7 @@ def palettize_directory(name: str, output: Path, *, bits: int, embedding_bits: i
     model = load_dense(name)
     with told_as_command_error(PaletteError):
         palettize(model, config)
-    _write(model, tokenizer, output)
+    write_palettized(model, tokenizer=tokenizer, directory=output)
     return {"output": str(output), "disk_bytes": disk_bytes(output)}
 
 
@@ -112,13 +113,6 @@ def export_dense(directory: Path, output: Path) -> dict[str, Any]:
     dense.tie_weights()
     write_dense(dense, tokenizer=tokenizer, directory=output)
     return {"output": str(output), "disk_bytes": disk_bytes(output)}
-
-
-def _write(model: transformers.PreTrainedModel, tokenizer: HubTokenizer, directory: Path) -> None:
-    with filled_whole(directory) as partial:
-        save_palettized(model, partial)
-        model.config.save_pretrained(partial)
-        tokenizer.save(partial)
 
 
 def _dense_state(model: nn.Module) -> dict[str, torch.Tensor]:

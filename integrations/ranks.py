@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from integrations.errors import told_as_command_error
+from integrations.errors import CommandError, told_as_command_error
 
 _Item = TypeVar("_Item")
 
@@ -21,7 +24,7 @@ class Ranks:
     def __init__(self) -> None:
         joined = dist.is_available() and dist.is_initialized()
         self._rank = dist.get_rank() if joined else 0
-        self._num_ranks = dist.get_world_size() if joined else 1
+        self.num_ranks = dist.get_world_size() if joined else 1
 
     @property
     def is_first(self) -> bool:
@@ -34,29 +37,12 @@ class Ranks:
         A rank that a short batch leaves without rows takes one at weight 0: its gradients are zeros then, and
         not missing.
         """
-        share = batch[self._rank :: self._num_ranks]
+        share = batch[self._rank :: self.num_ranks]
         return (share, 1.0) if share else (batch[:1], 0.0)
-
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Add the gradients of all ranks up, in place; each rank comes to hold the same bits."""
-        if self._num_ranks == 1:
-            return
-        trained = [each for each in parameters if each.requires_grad]
-        # A parameter that this rank's rows did not reach may have a gradient elsewhere.
-        has_gradient = torch.tensor([each.grad is not None for each in trained], dtype=torch.uint8)
-        dist.all_reduce(has_gradient, op=dist.ReduceOp.MAX)
-        works = []
-        for parameter, has in zip(trained, has_gradient.tolist(), strict=True):
-            if has and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            if parameter.grad is not None:
-                works.append(dist.all_reduce(parameter.grad, async_op=True))
-        for work in works:
-            work.wait()
 
     def sum(self, value: float) -> float:
         """The sum of a number over all ranks."""
-        if self._num_ranks == 1:
+        if self.num_ranks == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(total)
@@ -64,7 +50,7 @@ class Ranks:
 
     def largest(self, value: int) -> int:
         """The largest of a whole number over all ranks."""
-        if self._num_ranks == 1:
+        if self.num_ranks == 1:
             return value
         largest = torch.tensor(value)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
@@ -72,7 +58,7 @@ class Ranks:
 
     def wait(self) -> None:
         """Wait until every rank is here."""
-        if self._num_ranks > 1:
+        if self.num_ranks > 1:
             dist.barrier()
 
 
@@ -84,7 +70,7 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         device: "cuda" takes the one of this rank's number on its host.
 
     Raises:
-        CommandError: the ranks cannot meet.
+        CommandError: the ranks cannot meet, or one of them has stopped while this one waited for it.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
         yield Ranks()
@@ -95,5 +81,21 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     try:
         yield Ranks()
+    except RuntimeError as error:
+        if not _is_about_ranks(error):
+            raise
+        said = re.sub(r"^\[\S*\] ", "", " ".join(str(error).split())).partition(". ")[0]
+        # A group that a broken step still holds at the interpreter's end aborts the process.
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
+        raise CommandError(
+            f"another rank stopped, or cannot be reached any more, while this one waited for it ({said}): "
+            "see what that one said, then start all ranks again with --resume"
+        ) from None
     finally:
         dist.destroy_process_group()
+
+
+def _is_about_ranks(error: RuntimeError) -> bool:
+    # Gloo's errors have no type of their own, but say where in its source they come from.
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)

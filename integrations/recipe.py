@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "mixed")
+PARALLEL = ("ddp", "fsdp")
 _ROW_CONTEXT = 512
 _STREAM_CONTEXT = 256
 
@@ -29,8 +30,10 @@ class Recipe:
         context: tokens a row, BOS included; None is 512, and 256 for a text without separator.
         separator: what parts the documents of a plain text.
         seed: of the order of the rows and whatever else is drawn.
-        dtype: of the weights, one of `DTYPES`; `auto` is the checkpoint's own, float32 for float16.
+        dtype: of the weights, one of `DTYPES`; `auto` is the checkpoint's own, float32 for float16; `mixed`
+            is float32, computed in bfloat16.
         device: where to train.
+        parallel: what several ranks do, one of `PARALLEL`.
     """
 
     model: str
@@ -47,6 +50,7 @@ class Recipe:
     seed: int = 0
     dtype: str = "auto"
     device: str = "cpu"
+    parallel: str = "ddp"
 
     def max_tokens(self, model_context: int) -> int:
         """Tokens a row, given how many the model was made for."""
@@ -54,10 +58,14 @@ class Recipe:
         return min(model_context, self.context or (_STREAM_CONTEXT if is_stream else _ROW_CONTEXT))
 
     def settings(self) -> dict[str, Any]:
-        """What a checkpoint must agree on: the options, and the bytes of the text rather than its name."""
+        """What a checkpoint must agree on: the options, and the bytes of the text rather than its name.
+
+        How many ranks there are, and what each of them holds, may change between two parts of a run.
+        """
         model = Path(self.model)
+        options = {name: value for name, value in asdict(self).items() if name != "parallel"}
         return {
-            **asdict(self),
+            **options,
             "model": str(model.resolve()) if model.is_dir() else self.model,
             "data": hashlib.sha256(self.data.read_bytes()).hexdigest(),
         }

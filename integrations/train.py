@@ -20,7 +20,8 @@ from integrations.errors import CommandError, InterruptedRunError
 from integrations.evaluate import held_out_loss
 from integrations.loss import num_targets, summed_loss
 from integrations.optimizer import MasterAdamW, cosine_factor
-from integrations.ranks import Ranks
+from integrations.parallel import Parallel
+from integrations.shards import gathered, spread
 from offload import SavedTensorStore
 
 _MAX_NORM = 1.0
@@ -28,7 +29,7 @@ _WARMUP = 0.05
 
 
 class Weights(Protocol):
-    """The weights that are trained: an `edkm.Clustering`, or the dense control's stand-in for one."""
+    """The weights that are trained: an `edkm.Clustering`, of none where a dense control is trained."""
 
     def parameter_groups(self, learning_rate: float, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """AdamW groups; the learning rate is a fraction of each weight's rms."""
@@ -87,13 +88,14 @@ class Training:
         weights: what of it is trained.
         sampler: where the batches come from.
         schedule: how long and how fast.
-        ranks: who shares the work; every rank has the same model and sampler.
+        parallel: the model on its ranks; every rank has the same sampler.
     """
 
     def __init__(
-        self, model: nn.Module, weights: Weights, *, sampler: Sampler, schedule: Schedule, ranks: Ranks
+        self, model: nn.Module, weights: Weights, *, sampler: Sampler, schedule: Schedule, parallel: Parallel
     ) -> None:
-        self.ranks = ranks
+        self.ranks = parallel.ranks
+        self._parallel = parallel
         self._model = model
         self._weights = weights
         self._sampler = sampler
@@ -111,11 +113,13 @@ class Training:
         batches = [self._sampler.batch() for _ in range(self._schedule.num_accumulated)]
         num_tokens = max(1, sum(num_targets(batch) for batch in batches))
         self._model.train()
-        records = [self._backward(batch, num_tokens=num_tokens) for batch in batches]
+        records = [
+            self._backward(batch, num_tokens=num_tokens, is_last=batch is batches[-1]) for batch in batches
+        ]
+        self._parallel.finish()
         loss = self.ranks.sum(sum(record.loss for record in records))
         if not math.isfinite(loss):
             raise CommandError(f"the loss is {loss} at step {self.num_done + 1}: lower --learning-rate")
-        self.ranks.sum_gradients(self._model.parameters())
         self._weights.clip_grad_norm_(_MAX_NORM)
         self._optimizer.step(self._factor())
         self._weights.step()
@@ -134,26 +138,36 @@ class Training:
             return {"soft": soft, "snapped": held_out_loss(self._model, rows)}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to go on to the same bits."""
-        return {
+        """All that a resumed run needs to go on to the same bits, on any number of ranks.
+
+        Every rank calls it; on all but the first it is empty.
+        """
+        state = {
             "num_done": self.num_done,
             "model": self._model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "sampler": self._sampler.state_dict(),
         }
+        found: dict[str, Any] = gathered(state, keep=self.ranks.is_first)
+        return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken."""
-        self._model.load_state_dict(state["model"])
+        """Go on where `state`, which every rank has read, was taken."""
+        now = self._model.state_dict()
+        saved = state["model"].items()
+        self._model.load_state_dict(
+            {name: spread(tensor, like=now.get(name, tensor)) for name, tensor in saved}
+        )
         self._optimizer.load_state_dict(state["optimizer"])
         self._sampler.load_state_dict(state["sampler"])
         self.num_done = state["num_done"]
 
-    def _backward(self, batch: Sequence[Row], *, num_tokens: int) -> StepRecord:
+    def _backward(self, batch: Sequence[Row], *, num_tokens: int, is_last: bool) -> StepRecord:
         rows, weight = self.ranks.share_of(batch)
         with self._store as store:
-            loss = summed_loss(self._model, rows) * weight / num_tokens
-            loss.backward()  # type: ignore[no-untyped-call]
+            with self._parallel.computing():
+                loss = summed_loss(self._model, rows) * weight / num_tokens
+            self._parallel.backward(loss, is_last=is_last)
         stats = store.stats
         return StepRecord(float(loss.detach()), stats.saved_bytes, stats.peak_held_bytes)
 
@@ -203,9 +217,10 @@ def train(
 
 
 def _save(training: Training, checkpoints: Checkpoints, *, notes: dict[str, Any]) -> None:
-    """Write a checkpoint on the first rank, whose state is every rank's; the others wait for it."""
+    """Write a checkpoint on the first rank, with every rank's state; the others wait for it."""
+    state = training.state_dict()
     if training.ranks.is_first:
-        checkpoints.save({**training.state_dict(), "notes": notes}, step=training.num_done)
+        checkpoints.save({**state, "notes": notes}, step=training.num_done)
     training.ranks.wait()
 
 

@@ -1,4 +1,4 @@
-"""Ranks that train together do what one does: the same losses, the same palettes, one directory."""
+"""The command under torchrun: one directory, one voice, and a run that goes on with fewer ranks."""
 
 import json
 import os
@@ -8,45 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-import torch
-
-from bench.ranks import ROOT, run_ranks
-from integrations.corpus import Sampler
-from integrations.ranks import Ranks
-from integrations.train import Schedule, Training
-from integrations.transformers import load_dense
-from tests.integrations.test_train import corpus
-
-NUM_STEPS = 10
-
-
-def run(ranks: Ranks, model: str) -> list[float]:
-    """Return the losses of a run on clustered weights whose batches leave some rank without rows."""
-    from edkm import DKMConfig, cluster
-
-    loaded = load_dense(model, dtype=torch.float32)
-    training = Training(
-        loaded,
-        cluster(loaded, DKMConfig(bits=3, num_steps=NUM_STEPS)),
-        sampler=Sampler(corpus(), batch_size=3, seed=0),
-        schedule=Schedule(NUM_STEPS, learning_rate=0.01, num_accumulated=2),
-        ranks=ranks,
-    )
-    return [training.step().loss for _ in range(NUM_STEPS)]
-
-
-def write_losses(rank: int, model: str, folder: str) -> None:
-    losses = run(Ranks(), model)
-    Path(folder, f"{rank}.json").write_text(json.dumps(losses))
-
-
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_losses_are_those_of_one_rank(num_ranks: int, tiny_model: Path, tmp_path: Path) -> None:
-    alone = run(Ranks(), str(tiny_model))
-    run_ranks(f"{__name__}:write_losses", str(tiny_model), str(tmp_path), num_ranks=num_ranks)
-    for rank in range(num_ranks):
-        assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx(alone, rel=1e-5)
+from bench.ranks import ROOT
 
 
 def command(*arguments: str, num_ranks: int) -> list[str]:

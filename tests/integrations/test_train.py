@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from edkm import Clustering
 from integrations.checkpoint import Checkpoints
 from integrations.corpus import Row, RowCorpus, Sampler
-from integrations.dense import DenseWeights
 from integrations.errors import CommandError, InterruptedRunError
+from integrations.parallel import Replicated
 from integrations.ranks import Ranks
 from integrations.train import Schedule, Training, train
 from integrations.transformers import load_dense
@@ -29,10 +30,10 @@ def training(model: Path, *, batch_size: int = 4, num_accumulated: int = 1) -> t
     loaded = load_dense(str(model), dtype=torch.float32)
     return loaded, Training(
         loaded,
-        DenseWeights(loaded),
+        Clustering(loaded, {}),
         sampler=Sampler(corpus(), batch_size=batch_size, seed=0),
         schedule=Schedule(NUM_STEPS, learning_rate=0.01, num_accumulated=num_accumulated),
-        ranks=Ranks(),
+        parallel=Replicated(loaded, ranks=Ranks()),
     )
 
 
@@ -107,7 +108,7 @@ def test_checkpoints_come_at_the_interval_and_at_the_end(tiny_model: Path, tmp_p
 class Interrupting:
     """Dense weights that are interrupted in the midst of a step."""
 
-    def __init__(self, inner: DenseWeights, *, at: int, number: signal.Signals) -> None:
+    def __init__(self, inner: Clustering, *, at: int, number: signal.Signals) -> None:
         self._inner, self._left, self._number = inner, at, number
         self.parameter_groups = inner.parameter_groups
         self.clip_grad_norm_ = inner.clip_grad_norm_
@@ -130,10 +131,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     model, _ = training(tiny_model)
     interrupted = Training(
         model,
-        Interrupting(DenseWeights(model), at=2, number=number),
+        Interrupting(Clustering(model, {}), at=2, number=number),
         sampler=Sampler(corpus(), batch_size=4, seed=0),
         schedule=Schedule(NUM_STEPS, learning_rate=0.01),
-        ranks=Ranks(),
+        parallel=Replicated(model, ranks=Ranks()),
     )
     handler = signal.getsignal(number)
     with pytest.raises(
