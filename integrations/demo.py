@@ -129,7 +129,7 @@ def _write_texts(directory: Path) -> tuple[Path, Path]:
 def _train(
     model: str, text: Path, *, output: Path, steps: int, learning_rate: float, dense: bool = False
 ) -> dict[str, Any]:
-    # In bf16 the store finds each attention map to be a function of the weight's 16 bits.
+    # bf16 is clustered on a table of its values, in a fraction of the time.
     recipe = Recipe(
         model=model,
         data=text,
