@@ -219,16 +219,12 @@ class Settler:
         if known is None or not isinstance(known.content, Reference):
             return known.content if known is not None else None
         theirs = known.content.source
-        if (
-            known.follows
-            or known.content.is_stale
-            or digest_of(theirs) != digest
-            or digest_of(source) != digest
-        ):
+        if known.follows or known.content.is_stale:
             return None
-        copy = self._copy(source, layout)
-        if digest_of(source) != digest:
-            return None  # another thread wrote while it was copied
+        copy = self._copy(theirs, layout)
+        # One hash: they still had these bytes, and no other thread wrote while they were copied.
+        if any(part.digest != digest for part in copy.parts):
+            return None
         self._storages.record(theirs.untyped_storage()).copied_version = theirs._version
         known.content = copy
         return copy
@@ -244,7 +240,7 @@ class Settler:
         line.codec, payload = found
         return line.codec, Encoded(payload, start=start, charge=self._ledger.charge(payload.num_bytes))
 
-    def _copy(self, source: Tensor, layout: Layout) -> Content:
+    def _copy(self, source: Tensor, layout: Layout) -> Encoded:
         block, start = block_of(source, layout, whole_storage=self._dedupe)
         return Encoded(
             RawPayload(block.flat.clone()), start=start, charge=self._ledger.charge(block.num_bytes)

@@ -7,6 +7,7 @@ unpack: Handle -> decode -> lay -> tensor
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import methodcaller
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from offload.select import Kind, kind_of
 from offload.settle import Settler
 from offload.sharding import sharding_of
 from offload.sharding.base import Sharding
+from offload.sharding.local import Local
 from offload.site import Sites
 from offload.stats import Counts, Ledger, Row, Stats
 
@@ -73,13 +75,16 @@ class SavedTensorStore:
             )
         self._ledger = Ledger()
         self._counts = Counts()
+        sharding = sharding_of(shard=shard, group=group)
         self._settler = Settler(
             _codecs_of(uniquify=uniquify),
             dedupe=dedupe,
             min_bytes=min_bytes,
-            sharding=sharding_of(shard=shard, group=group),
+            sharding=sharding,
             ledger=self._ledger,
         )
+        # Without ranks there is nothing to do but open: called hundreds of times a step, with cold caches.
+        self._unpack = methodcaller("open") if isinstance(sharding, Local) else self._unpack_shared
         self._sites = Sites()
         self._lines: dict[tuple[tuple[int, int], torch.dtype, bool], Line] = {}
         self._seen: dict[tuple[tuple[int, int], torch.Size, torch.dtype, bool], tuple[Row, Line]] = {}
@@ -175,7 +180,7 @@ class SavedTensorStore:
         found[0].num_saved += 1
         return found
 
-    def _unpack(self, handle: Handle | Kept | Distributed) -> Tensor:
+    def _unpack_shared(self, handle: Handle | Kept | Distributed) -> Tensor:
         if self._settler.sharer.is_joined:
             with self._lock:
                 self._settler.begin_backward()
