@@ -15,6 +15,7 @@ import tokenizers
 import torch
 import transformers
 
+from integrations.clustering_cost import clustering_cost
 from integrations.evaluate import evaluate
 from integrations.finetune import finetune
 from integrations.palettized import palettize_directory
@@ -35,7 +36,8 @@ def demo(directory: Path, *, base_steps: int = 500, clustered_steps: int = 100) 
         clustered_steps: to train it on clustered weights.
 
     Returns:
-        `rows`, the comparison by model; `directory`; `files`, what was left there; `seconds`.
+        `rows`, the comparison by model; `clustering`, what the plain layer and the fused one ask for;
+        `directory`; `files`, what was left there; `seconds`.
     """
     began = time.monotonic()
     directory = fresh_directory(directory)
@@ -53,6 +55,7 @@ def demo(directory: Path, *, base_steps: int = 500, clustered_steps: int = 100) 
             f"k-means, {_BITS} bits, untrained": _row(packed, test_text, {}),
             f"eDKM, {_BITS} bits, bf16": _row(clustered, test_text, clustered_memory),
         },
+        "clustering": clustering_cost(str(base), bits=_BITS, dtype=torch.bfloat16),
         "directory": str(directory),
         "files": sorted(str(path) for path in directory.rglob("*") if path.is_file()),
         "seconds": round(time.monotonic() - began, 1),
@@ -77,6 +80,10 @@ def table(result: Mapping[str, Any]) -> str:
     for name, row in result["rows"].items():
         sizes = [_size(row.get(key)) for key in ("disk_bytes", *_MEMORY)]
         lines.append(f"{name:<28}{row['perplexity']:>11.3f}{sizes[0]:>11}{sizes[1]:>16}{sizes[2]:>12}")
+    lines += ["", f"{'clustering alone, a step':<28}{'autograd asked':>16}{'store held':>12}{'seconds':>9}"]
+    for name, cost in result["clustering"].items():
+        sizes = [_size(cost[key]) for key in _MEMORY]
+        lines.append(f"{name:<28}{sizes[0]:>16}{sizes[1]:>12}{cost['seconds']:>9.3f}")
     lines += ["", f"written in {result['seconds']:.0f} s:", *(f"  {file}" for file in result["files"])]
     return "\n".join(lines)
 

@@ -25,9 +25,17 @@ def test_the_demo_compares_and_leaves_files(tmp_path: Path, capsys: pytest.Captu
     base, packed, clustered = result["rows"].values()
     assert clustered["disk_bytes"] < packed["disk_bytes"] < base["disk_bytes"]
     assert clustered["peak_held_bytes"] < clustered["saved_bytes"]
+    plain, fused = result["clustering"].values()
+    assert fused["saved_bytes"] * 1000 < plain["saved_bytes"]
+    assert fused["peak_held_bytes"] * 100 < plain["peak_held_bytes"]
     assert all(Path(file).is_file() for file in result["files"])
     shown = table(result).splitlines()
     assert shown[0].split() == ["perplexity", "on", "disk", "autograd", "asked", "store", "held"]
     assert len({len(line) for line in shown[:4]}) == 1
     assert [line.split(",")[0] for line in shown[1:4]] == ["base", "k-means", "eDKM"]
+    assert [line.split("  ")[0] for line in shown[5:8]] == [
+        "clustering alone, a step",
+        "plain DKM",
+        "the fused step",
+    ]
     assert f"  {tmp_path / 'demo-2' / 'edkm' / 'palettized.safetensors'}" in shown
