@@ -1,0 +1,28 @@
+"""16-bit floats by their bit patterns: a weight has at most 65,536 different values."""
+
+from __future__ import annotations
+
+import torch
+
+from edkm.chunks import chunks
+
+NUM_PATTERNS = 1 << 16
+_HALF = NUM_PATTERNS // 2
+
+
+def pattern_keys(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The bits of each weight in `dtype`, float16 or bfloat16, as an index from 0: int32."""
+    return weight.to(dtype).view(torch.int16).int().add_(_HALF)
+
+
+def pattern_values(found: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What some keys stand for, the inverse of `pattern_keys`."""
+    return (found - _HALF).to(torch.int16).view(dtype)
+
+
+def pattern_counts(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """How many of some weights, `[N]`, have each key in `dtype`: `[65536]` int64."""
+    total = torch.zeros(NUM_PATTERNS, dtype=torch.int64, device=weight.device)
+    for part in chunks(weight):
+        total += torch.bincount(pattern_keys(part, dtype), minlength=NUM_PATTERNS)
+    return total
