@@ -20,7 +20,7 @@ class Table:
     """The bit patterns that occur in a weight, and how often.
 
     Arguments:
-        patterns: `[U]`, int64, counted from the lowest int16.
+        patterns: `[U]`, int64, as `edkm.patterns` counts them.
         values: `[U]`, float64, what they stand for.
         counts: `[G, U]`, float64, in each group.
         dtype: that the weight is read in, float16 or bfloat16.
@@ -60,7 +60,7 @@ class Table:
         result = torch.empty_like(weight, memory_format=torch.contiguous_format)
         spread = self._spread(entries.to(weight.dtype))
         for table, (group, target) in zip(spread, self._groups(weight, result), strict=True):
-            for keys, part in self._chunks(group, target):
+            for keys, part in zip(pattern_keys(group, self.dtype), chunks(target), strict=True):
                 torch.index_select(table, 0, keys, out=part)
         return result
 
@@ -70,11 +70,14 @@ class Table:
         """Give each weight `slope * at + height` of its entries of `[G, U]`; `at` has the weight's shape."""
         result = torch.empty_like(weight, memory_format=torch.contiguous_format)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        slopes, heights = self._spread(slope.to(wide)), self._spread(height.to(wide))
+        # As one complex number a pattern, the pair takes one look-up.
+        lines = self._spread(torch.complex(height.to(wide), slope.to(wide)))
         places = zip(self._groups(weight, at), self._groups(weight, result), strict=True)
-        for steep, high, ((group, given), (_, target)) in zip(slopes, heights, places, strict=True):
-            for (keys, x), part in zip(self._chunks(group, given), chunks(target), strict=True):
-                part.copy_(high.index_select(0, keys).addcmul_(steep.index_select(0, keys), x.to(wide)))
+        for table, ((group, given), (_, target)) in zip(lines, places, strict=True):
+            keyed = zip(pattern_keys(group, self.dtype), chunks(given), chunks(target), strict=True)
+            for keys, x, part in keyed:
+                found = torch.view_as_real(table.index_select(0, keys))
+                part.copy_(torch.addcmul(found[:, 0], found[:, 1], x.to(wide)))
         return result
 
     def _groups(self, weight: torch.Tensor, beside: torch.Tensor) -> Iterator[list[torch.Tensor]]:
@@ -84,15 +87,9 @@ class Table:
 
     def _sum(self, group: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
         total = torch.zeros(NUM_PATTERNS, dtype=torch.float64, device=group.device)
-        for keys, part in self._chunks(group, terms):
+        for keys, part in zip(pattern_keys(group, self.dtype), chunks(terms), strict=True):
             total += torch.bincount(keys, weights=part.double(), minlength=NUM_PATTERNS)
         return total[self.patterns]
-
-    def _chunks(
-        self, weight: torch.Tensor, beside: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for part, other in zip(chunks(weight), chunks(beside), strict=True):
-            yield pattern_keys(part, self.dtype), other
 
     def _spread(self, entries: torch.Tensor) -> Iterator[torch.Tensor]:
         """Where any pattern finds its entry: `[65536]` for each group."""

@@ -157,8 +157,8 @@ def _nearest_by_pattern(weights: torch.Tensor, table: torch.Tensor) -> torch.Ten
     every = pattern_values(torch.arange(NUM_PATTERNS, device=weights.device), weights.dtype)
     nearest = _nearest_of(every.unsqueeze(1).to(table.dtype), table)
     found = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
-    for part, target in zip(chunks(weights), chunks(found), strict=True):
-        torch.index_select(nearest, 0, pattern_keys(part, weights.dtype), out=target)
+    for keys, target in zip(pattern_keys(weights, weights.dtype), chunks(found), strict=True):
+        torch.index_select(nearest, 0, keys, out=target)
     return found
 
 

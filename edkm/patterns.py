@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from edkm.chunks import chunks
@@ -10,9 +12,15 @@ NUM_PATTERNS = 1 << 16
 _HALF = NUM_PATTERNS // 2
 
 
-def pattern_keys(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The bits of each weight in `dtype`, float16 or bfloat16, as an index from 0: int32."""
-    return weight.to(dtype).view(torch.int16).int().add_(_HALF)
+def pattern_keys(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """The bits of each weight in `dtype`, float16 or bfloat16, as an index from 0: int32, chunk by chunk of
+    `[N]`. Each chunk of keys is overwritten by the next.
+    """
+    parts = chunks(weight)
+    # One buffer: the heap would hand the pages of each chunk back, and fault them in again.
+    buffer = torch.empty(parts[0].shape, dtype=torch.int32, device=weight.device)
+    for part in parts:
+        yield buffer[: part.numel()].copy_(part.to(dtype).view(torch.int16)).add_(_HALF)
 
 
 def pattern_values(found: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -23,6 +31,6 @@ def pattern_values(found: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def pattern_counts(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """How many of some weights, `[N]`, have each key in `dtype`: `[65536]` int64."""
     total = torch.zeros(NUM_PATTERNS, dtype=torch.int64, device=weight.device)
-    for part in chunks(weight):
-        total += torch.bincount(pattern_keys(part, dtype), minlength=NUM_PATTERNS)
+    for keys in pattern_keys(weight, dtype):
+        total += torch.bincount(keys, minlength=NUM_PATTERNS)
     return total
