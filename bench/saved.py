@@ -20,3 +20,19 @@ def saved_bytes(forward: Callable[[], Any]) -> int:
         kept = forward()
     del kept
     return saved[0]
+
+
+def storage_bytes(forward: Callable[[], Any]) -> int:
+    """Return the bytes of all storages that are kept for backward and are not a parameter's."""
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage
+        return tensor.detach()
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    del output
+    return sum(storage.nbytes() for storage in kept.values())

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-_NUM_PATTERNS = 1 << 16
-_HALF = _NUM_PATTERNS // 2
-_CPU_CHUNK = 1 << 18
-_CHUNK = 1 << 24
+from edkm.chunks import chunks
+from edkm.patterns import NUM_PATTERNS, pattern_counts, pattern_keys, pattern_values
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Table:
     """The bit patterns that occur in a weight, and how often.
 
     Arguments:
-        patterns: `[U]`, int64, counted from the lowest int16.
+        patterns: `[U]`, int64, as `edkm.patterns` counts them.
         values: `[U]`, float64, what they stand for.
         counts: `[G, U]`, float64, in each group.
         dtype: that the weight is read in, float16 or bfloat16.
@@ -41,7 +39,7 @@ class Table:
             None where as many groups of as many patterns would save no work: there may be half as many
             entries in the table as there are weights, but any number in that of one group.
         """
-        total = _count(weight.reshape(-1), dtype)
+        total = pattern_counts(weight.reshape(-1), dtype)
         patterns = total.nonzero().squeeze(1)
         if num_groups > 1 and 2 * num_groups * patterns.numel() > weight.numel():
             return None
@@ -49,8 +47,8 @@ class Table:
             counts = total[patterns].unsqueeze(0)
         else:
             groups = weight.reshape(num_groups, -1)
-            counts = torch.stack([_count(group, dtype)[patterns] for group in groups])
-        values = (patterns - _HALF).to(torch.int16).view(dtype)
+            counts = torch.stack([pattern_counts(group, dtype)[patterns] for group in groups])
+        values = pattern_values(patterns, dtype)
         return Table(patterns, values.double(), counts.double(), dtype)
 
     def sums(self, weight: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
@@ -62,7 +60,7 @@ class Table:
         result = torch.empty_like(weight, memory_format=torch.contiguous_format)
         spread = self._spread(entries.to(weight.dtype))
         for table, (group, target) in zip(spread, self._groups(weight, result), strict=True):
-            for keys, part in self._chunks(group, target):
+            for keys, part in zip(pattern_keys(group, self.dtype), chunks(target), strict=True):
                 torch.index_select(table, 0, keys, out=part)
         return result
 
@@ -72,11 +70,14 @@ class Table:
         """Give each weight `slope * at + height` of its entries of `[G, U]`; `at` has the weight's shape."""
         result = torch.empty_like(weight, memory_format=torch.contiguous_format)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        slopes, heights = self._spread(slope.to(wide)), self._spread(height.to(wide))
+        # As one complex number a pattern, the pair takes one look-up.
+        lines = self._spread(torch.complex(height.to(wide), slope.to(wide)))
         places = zip(self._groups(weight, at), self._groups(weight, result), strict=True)
-        for steep, high, ((group, given), (_, target)) in zip(slopes, heights, places, strict=True):
-            for (keys, x), part in zip(self._chunks(group, given), _split(target), strict=True):
-                part.copy_(high.index_select(0, keys).addcmul_(steep.index_select(0, keys), x.to(wide)))
+        for table, ((group, given), (_, target)) in zip(lines, places, strict=True):
+            keyed = zip(pattern_keys(group, self.dtype), chunks(given), chunks(target), strict=True)
+            for keys, x, part in keyed:
+                found = torch.view_as_real(table.index_select(0, keys))
+                part.copy_(torch.addcmul(found[:, 0], found[:, 1], x.to(wide)))
         return result
 
     def _groups(self, weight: torch.Tensor, beside: torch.Tensor) -> Iterator[list[torch.Tensor]]:
@@ -85,35 +86,12 @@ class Table:
         return map(list, pairs)
 
     def _sum(self, group: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros(_NUM_PATTERNS, dtype=torch.float64, device=group.device)
-        for keys, part in self._chunks(group, terms):
-            total += torch.bincount(keys, weights=part.double(), minlength=_NUM_PATTERNS)
+        total = torch.zeros(NUM_PATTERNS, dtype=torch.float64, device=group.device)
+        for keys, part in zip(pattern_keys(group, self.dtype), chunks(terms), strict=True):
+            total += torch.bincount(keys, weights=part.double(), minlength=NUM_PATTERNS)
         return total[self.patterns]
-
-    def _chunks(
-        self, weight: torch.Tensor, beside: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for part, other in zip(_split(weight), _split(beside), strict=True):
-            yield _keys(part, self.dtype), other
 
     def _spread(self, entries: torch.Tensor) -> Iterator[torch.Tensor]:
         """Where any pattern finds its entry: `[65536]` for each group."""
         for each in entries:
-            yield each.new_zeros(_NUM_PATTERNS).index_copy_(0, self.patterns, each)
-
-
-def _count(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    counts = torch.zeros(_NUM_PATTERNS, dtype=torch.int64, device=weight.device)
-    for part in _split(weight):
-        counts += torch.bincount(_keys(part, dtype), minlength=_NUM_PATTERNS)
-    return counts
-
-
-def _split(flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    chunks: tuple[torch.Tensor, ...] = torch.split(flat, _CPU_CHUNK if flat.device.type == "cpu" else _CHUNK)
-    return chunks
-
-
-def _keys(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The bits of each weight in `dtype` as an index from 0, int32."""
-    return weight.to(dtype).view(torch.int16).int().add_(_HALF)
+            yield each.new_zeros(NUM_PATTERNS).index_copy_(0, self.patterns, each)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from edkm.patterns import pattern_counts, pattern_values
 from edkm.shards import is_sharded, shard_of, summed, whole
 
 _MAX_ROUNDS = 50
@@ -12,7 +13,6 @@ _MAX_CELLS = 512
 _CHUNK = 1 << 21
 _MAX_VECTORS = 1 << 16
 _MAX_VECTOR_ROUNDS = 30
-_HALF = 1 << 15
 # Beyond the first 20 bits of a float32 there is less than a two-thousandth of its value.
 _DROPPED_BITS = 12
 
@@ -38,7 +38,7 @@ def starting_centroids(
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     if is_sharded(weight) and weight.element_size() == 2 and vector_length == num_groups == 1:
-        counts = summed(_pattern_counts(shard_of(weight).flatten()), over=weight)
+        counts = summed(pattern_counts(shard_of(weight).flatten(), weight.dtype), over=weight)
         return _scalars(*_of_patterns(counts, weight.dtype), num_centroids=num_centroids)[None].to(wide)
     weight = whole(weight)
     groups = weight.detach().reshape(num_groups, -1, vector_length)
@@ -70,7 +70,7 @@ def _histogram(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     where weights are dense, and a far outlier costs the others no resolution.
     """
     if values.element_size() == 2:
-        return _of_patterns(_pattern_counts(values), values.dtype)
+        return _of_patterns(pattern_counts(values, values.dtype), values.dtype)
     half = 1 << (31 - _DROPPED_BITS)
     centre = float(values.mean())
     counts = torch.zeros(2 * half, dtype=torch.float64, device=values.device)
@@ -85,20 +85,11 @@ def _histogram(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return means, counts[filled][order]
 
 
-def _pattern_counts(values: torch.Tensor) -> torch.Tensor:
-    """How many of some 16-bit values have each bit pattern, read as an integer: `[65536]`, in its order."""
-    counts = torch.zeros(2 * _HALF, dtype=torch.int64, device=values.device)
-    for chunk in torch.split(values, _CHUNK):
-        counts += torch.bincount(chunk.view(torch.int16).int() + _HALF, minlength=2 * _HALF)
-    return counts
-
-
 def _of_patterns(counts: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The histogram that `_pattern_counts` of values of a dtype make."""
-    patterns = torch.arange(-_HALF, _HALF, device=counts.device).to(torch.int16)
-    filled = counts > 0
-    means, order = patterns.view(dtype)[filled].double().sort()
-    return means, counts[filled][order].double()
+    """The histogram that the counts of patterns of a dtype make."""
+    patterns = counts.nonzero().squeeze(1)
+    means, order = pattern_values(patterns, dtype).double().sort()
+    return means, counts[patterns][order].double()
 
 
 def _coarse(means: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

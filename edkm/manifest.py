@@ -31,6 +31,14 @@ class Manifest:
     modules: Mapping[str, str]
     aliases: Mapping[str, str]
 
+    def joined(self, other: Manifest) -> Manifest:
+        """What two parts of a directory say together."""
+        return Manifest(
+            {**self.palettes, **other.palettes},
+            {**self.modules, **other.modules},
+            {**self.aliases, **other.aliases},
+        )
+
     def to_json(self) -> str:
         """The file's text."""
         return json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(self)}, indent=1)

@@ -7,8 +7,10 @@ import math
 import torch
 from torch import nn
 
+from edkm.chunks import chunks
 from edkm.errors import PaletteError
 from edkm.packing import pack, packed_bytes, unpack, unpack_at
+from edkm.patterns import NUM_PATTERNS, pattern_keys, pattern_values
 
 # Bounds what is unpacked to wider integers at a time, in indices.
 _CHUNK = 1 << 20
@@ -144,8 +146,20 @@ def check_parts(table: list[int], indices: list[int], *, shape: tuple[int, ...])
 def _nearest(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Index of the entry nearest to each row, uint8; of several, the first in the order of their values."""
     wide = torch.promote_types(rows.dtype, torch.float32)
+    if rows.element_size() == 2 and rows.shape[1] == 1 and rows.shape[0] > NUM_PATTERNS:
+        return _nearest_by_pattern(rows.flatten(), table.to(wide))
     found = [_nearest_of(chunk.to(wide), table.to(wide)) for chunk in torch.split(rows, _CHUNK)]
     return torch.cat(found)
+
+
+def _nearest_by_pattern(weights: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The same for many 16-bit weights, `[N]`: found for each pattern, and looked up."""
+    every = pattern_values(torch.arange(NUM_PATTERNS, device=weights.device), weights.dtype)
+    nearest = _nearest_of(every.unsqueeze(1).to(table.dtype), table)
+    found = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
+    for keys, target in zip(pattern_keys(weights, weights.dtype), chunks(found), strict=True):
+        torch.index_select(nearest, 0, keys, out=target)
+    return found
 
 
 def _nearest_of(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

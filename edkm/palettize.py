@@ -6,6 +6,7 @@ from typing import cast
 
 from torch import nn
 
+from edkm.chunks import num_not_finite
 from edkm.cluster import cluster, clustered_weights, guard_save_pretrained
 from edkm.config import DKMConfig
 from edkm.errors import PaletteError
@@ -39,7 +40,7 @@ def palettize(model: nn.Module, config: DKMConfig | None = None) -> nn.Module:
         raise PaletteError("the model is not clustered: cluster it first, or give palettize a DKMConfig")
     palettes: dict[int, Palette] = {}
     for name, (parametrization, weight) in clustered.items():
-        num_bad = summed((~shard_of(weight).isfinite()).sum(), over=weight)
+        num_bad = summed(num_not_finite(shard_of(weight)), over=weight)
         if int(num_bad):
             raise PaletteError(f"cannot palettize {name}: its weight became NaN or infinite in training")
         if id(weight) not in palettes:

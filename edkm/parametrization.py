@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from edkm.chunks import variance
 from edkm.config import DKMConfig
 from edkm.errors import PaletteError
 from edkm.fused import fused_through
@@ -96,14 +97,14 @@ class ClusteredWeight(nn.Module):
         return super().train(mode)
 
     def _cluster(self, weight: torch.Tensor) -> torch.Tensor:
-        wide = weight.detach().to(self.centroids.dtype)
-        variance = wide.var(correction=0).clamp(min=torch.finfo(wide.dtype).tiny)
+        wide = self.centroids.dtype
+        spread = variance(weight.detach(), wide).clamp(min=torch.finfo(wide).tiny)
         clustered, centroids = fused_through(
             weight,
             self.centroids,
-            temperature=variance * self.config.temperature_at(int(self.num_steps_done)),
+            temperature=spread * self.config.temperature_at(int(self.num_steps_done)),
             iterations=self.config.iterations,
-            epsilon=self.config.epsilon * float(variance.sqrt()) if self.config.epsilon else 0.0,
+            epsilon=self.config.epsilon * float(spread.sqrt()) if self.config.epsilon else 0.0,
             table_dtype=_TABLE_DTYPES[self.config.table_dtype],
         )
         if self.training and self._pending is None:

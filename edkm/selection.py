@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 
+from edkm.chunks import num_not_finite
 from edkm.config import DKMConfig
 from edkm.errors import PaletteError
 from edkm.shards import is_sharded
@@ -134,7 +134,7 @@ def _require_clusterable(choice: Choice, config: DKMConfig) -> None:
             f"cannot cluster {name}: it is {weight.dtype} of shape {list(weight.shape)} on {weight.device}; "
             "a weight needs floating-point values"
         )
-    num_bad = weight.numel() - int(torch.isfinite(weight.detach()).sum())
+    num_bad = int(num_not_finite(weight.detach()))
     if num_bad:
         raise PaletteError(
             f"cannot cluster {name}: {num_bad} of its {weight.numel()} values are NaN or infinite"

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from edkm.chunks import squared_sum
+
 
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a DTensor, of which this rank holds a part."""
@@ -52,19 +54,13 @@ def squared_sums(tensors: Sequence[torch.Tensor]) -> list[float]:
     """Sum of the squares of each of several tensors, plain and sharded ones, with one exchange a mesh."""
     if not tensors:
         return []
-    sums = torch.stack([_squared_sum(shard_of(tensor)) for tensor in tensors])
+    sums = torch.stack([squared_sum(shard_of(tensor)) for tensor in tensors])
     places: dict[tuple[Any, ...], list[int]] = {}
     for place, tensor in enumerate(tensors):
         places.setdefault(_groups(tensor), []).append(place)
     for alike in places.values():
         sums[alike] = summed(sums[alike], over=tensors[alike[0]])
     return [float(each) for each in sums.tolist()]
-
-
-def _squared_sum(tensor: torch.Tensor) -> torch.Tensor:
-    # `sum` adds in pairs; `norm` would lose four digits of a large weight in fp32, and be slow in float64.
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    return tensor.to(wide).square().sum().double()
 
 
 def _groups(tensor: Any) -> tuple[dist.ProcessGroup, ...]:

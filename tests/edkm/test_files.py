@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from edkm import DKMConfig, PaletteError, cluster, load_palettized, palettize, save_palettized
-from edkm.save import _collect, write_whole
+from edkm.save import save_parts
 from tests.edkm.models import TinyLM, tokens
 
 
@@ -76,13 +77,14 @@ def test_nothing_in_a_directory_is_pickled(tmp_path: Path) -> None:
 
 def test_large_files_come_in_parts(tmp_path: Path) -> None:
     model = palettized(embedding_bits=8)
-    write_whole(*_collect(model), directory=tmp_path, shard_bytes=900)
+    save_parts([("", model)], tmp_path, shard_bytes=900)
     names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(names) > 2
     assert names[0] == f"palettized-00001-of-{len(names):05d}.safetensors"
     index = json.loads((tmp_path / "palettized.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == set(names)
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in _collect(model)[0].values())
+    stored = {key: value for name in names for key, value in load_file(tmp_path / name).items()}
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in stored.values())
     batch = tokens()
     with torch.no_grad():
         assert torch.equal(load_palettized(tmp_path, into=meta())(batch), model(batch))
@@ -151,7 +153,7 @@ def test_a_failure_leaves_nothing(
         self.rename(*arguments)
 
     if fails_at == "weights":
-        monkeypatch.setattr("edkm.save.save_file", broken)
+        monkeypatch.setattr("edkm.writer.save_file", broken)
     else:
         monkeypatch.setattr(Path, "write_text" if fails_at == "manifest" else "replace", refuse)
     with pytest.raises(OSError, match=r"cannot save \d+ bytes to .*, nothing is left: .*No space left"):
@@ -194,16 +196,15 @@ from pathlib import Path
 from torch import nn
 from edkm import DKMConfig, load_palettized, palettize, save_palettized
 from edkm.manifest import Manifest
-from edkm.save import write_whole
+from edkm.writer import Writer
 num_layers, width = 16, 1024
 if sys.argv[2] == "write":
-    tensors = {}
-    for i in range(num_layers):
-        tensors[f"{i}.palette.table"] = torch.randn(1, 256, 1)
-        tensors[f"{i}.palette.indices"] = torch.zeros(8, width * width // 8, dtype=torch.uint8)
     names = [str(i) for i in range(num_layers)]
-    manifest = Manifest({n: (width, width) for n in names}, {n: n for n in names}, {})
-    write_whole(tensors, manifest, directory=Path(sys.argv[1]) / "large", shard_bytes=10**9)
+    with Writer(Path(sys.argv[1]) / "large", shard_bytes=10**9) as writer:
+        for name in names:
+            writer.add(name + ".palette.table", torch.randn(1, 256, 1))
+            writer.add(name + ".palette.indices", torch.zeros(8, width * width // 8, dtype=torch.uint8))
+        writer.finish(Manifest({n: (width, width) for n in names}, {n: n for n in names}, {}))
     small = palettize(nn.Sequential(nn.Linear(8, 8, bias=False)), DKMConfig(bits=8))
     save_palettized(small, Path(sys.argv[1]) / "small")
 else:

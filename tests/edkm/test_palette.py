@@ -36,6 +36,15 @@ def test_each_vector_becomes_its_nearest_centroid(
     assert torch.equal(Palette.snap(decoded, centroids).decode(), decoded)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_weight_of_more_values_than_there_are_patterns(dtype: torch.dtype) -> None:
+    weight, centroids = torch.randn(600, 500).to(dtype), torch.randn(3, 8, 1)
+    palette = Palette.snap(weight, centroids)
+    rows, snapped = (each.view(3, -1, 1).double() for each in (weight, palette.decode()))
+    distance = (rows - centroids.to(dtype).double().transpose(1, 2)).abs()
+    assert torch.equal((rows - snapped).abs(), distance.amin(2, keepdim=True))
+
+
 def test_a_weight_of_one_value_and_negative_zero() -> None:
     weight = torch.full((3, 5), -0.0)
     decoded = Palette.snap(weight, torch.full((1, 2, 1), -0.0)).decode()

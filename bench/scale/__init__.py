@@ -1,0 +1,1 @@
+"""Models of real size on one small machine: peak resident memory and seconds."""
