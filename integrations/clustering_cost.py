@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from edkm import DKMConfig, cluster, dkm, fused_dkm
-from edkm.parametrization import ClusteredWeight
 from integrations.transformers import load_dense
 from offload import SavedTensorStore
 
@@ -32,19 +31,16 @@ def clustering_cost(model: str, *, bits: int, dtype: torch.dtype) -> dict[str, d
     config = DKMConfig(bits=bits)
     clustered = load_dense(model, dtype=dtype)
     cluster(clustered, config)
-    problems = [
+    problems: list[tuple[Any, Any]] = [
         (module.original, each.centroids)
         for module in clustered.modules()
         if isinstance(module, torch.nn.utils.parametrize.ParametrizationList)
         for each in module
-        if isinstance(each, ClusteredWeight) and each.trained_soft
     ]
     return {name: _cost(layer, problems, config=config) for name, layer in LAYERS.items()}
 
 
-def _cost(
-    layer: _Layer, problems: Sequence[tuple[torch.Tensor, torch.Tensor]], *, config: DKMConfig
-) -> dict[str, Any]:
+def _cost(layer: _Layer, problems: Sequence[tuple[Any, Any]], *, config: DKMConfig) -> dict[str, Any]:
     def forward() -> torch.Tensor:
         soft = [
             layer(
