@@ -1,8 +1,11 @@
 """Process groups of a store's own, waited on for a bounded time."""
 
 import ctypes
+import math
 import threading
 import time
+import weakref
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -21,6 +24,8 @@ _LOOK_SECONDS = 0.5
 _CALL_SECONDS = 2.0
 """How long ranks have to answer one that has given up, at most."""
 _PAUSE_SECONDS = 0.005
+_LEAST_SECONDS = 0.001
+"""Gloo counts in milliseconds and takes 0 for no limit at all."""
 _OPERATION = timedelta(days=1)
 """Gloo's own limit. A gather may lie ahead for as long as a rank is busy; who waits for it has a clock."""
 
@@ -59,8 +64,8 @@ class Channel:
         self._call_seconds = min(_CALL_SECONDS, timeout_seconds / 8)
         self._deadline = 0.0
         self._store = store
-        self._headers: ProcessGroupGloo | None = None
-        self._bytes: ProcessGroupGloo | None = None
+        self._roads: dict[str, _Road] = {}
+        weakref.finalize(self, _leave, self._roads)
 
     def begin_read(self) -> None:
         """Start the clock for all that one read waits for."""
@@ -73,10 +78,10 @@ class Channel:
         self._require_whole()
         began = time.monotonic()
         try:
-            if self._headers is None:
+            if not self._roads:
                 self._meet()
-                self._headers, self._bytes = self._private_group("headers"), self._private_group("bytes")
-            return _gather(self._headers, own, num_ranks=self.num_ranks)
+                self._roads |= {name: _Road(self._private_group(name)) for name in ("headers", "bytes")}
+            return self._roads["headers"].gather(own, num_ranks=self.num_ranks)
         except RankMismatchError:
             raise
         except RuntimeError as error:
@@ -87,9 +92,8 @@ class Channel:
     def gather_bytes(self, own: Tensor) -> Arriving:
         """Begin to gather `own`, uint8 `[n]` with the same n on all ranks, after a header said so."""
         self._require_whole()
-        assert self._bytes is not None
         try:
-            arriving = _gather(self._bytes, own, num_ranks=self.num_ranks)
+            arriving = self._roads["bytes"].gather(own, num_ranks=self.num_ranks)
         except RuntimeError as error:
             raise self._give_up(error) from error
         self.gathered_bytes += arriving.rows.nbytes - own.nbytes
@@ -107,7 +111,7 @@ class Channel:
             while not work.is_completed():
                 self._require_whole()
                 left = self._deadline - time.monotonic()
-                if left <= 0 or self._has_one_given_up():
+                if left < _LEAST_SECONDS or self._has_one_given_up():
                     raise self._give_up(None)
                 _look(work, seconds=min(left, _LOOK_SECONDS))
             work.wait()
@@ -123,10 +127,8 @@ class Channel:
         """Return the error that every gather from here on raises: the first failure."""
         if self.failure is None:
             self.failure = message
-            for group in (self._headers, self._bytes):
-                if group is not None:
-                    # Its end would wait for what will not come.
-                    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+            for road in self._roads.values():
+                road.abandon()  # what is under way will not come
         return RankMismatchError(self.failure)
 
     def _require_whole(self) -> None:
@@ -183,17 +185,41 @@ class Channel:
             came = self._store.get(name) or b""
 
 
-def _gather(group: ProcessGroupGloo, own: Tensor, *, num_ranks: int) -> Arriving:
-    rows = own.new_empty(num_ranks, own.numel())
-    options = AllgatherOptions()
-    options.timeout = _OPERATION
-    work = group.allgather([list(rows.unbind())], [own], options)  # type: ignore[attr-defined]
-    return Arriving(rows, work)
+class _Road:
+    """A process group, and what was last begun on it."""
+
+    def __init__(self, group: ProcessGroupGloo) -> None:
+        self._group = group
+        self._last: dist.Work | None = None
+
+    def gather(self, own: Tensor, *, num_ranks: int) -> Arriving:
+        """Begin to gather `own` of each rank."""
+        rows = own.new_empty(num_ranks, own.numel())
+        options = AllgatherOptions()
+        options.timeout = _OPERATION
+        self._last = self._group.allgather([list(rows.unbind())], [own], options)  # type: ignore[attr-defined]
+        return Arriving(rows, self._last)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is under way."""
+        return self._last is not None and not self._last.is_completed()
+
+    def abandon(self) -> None:
+        """Keep the process group for ever: its end would wait for what is under way, and so for other ranks."""
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
+
+
+def _leave(roads: Mapping[str, _Road]) -> None:
+    """End the process groups, but for those whose end would wait (Law 8)."""
+    for road in roads.values():
+        if road.is_busy:
+            road.abandon()
 
 
 def _look(work: dist.Work, *, seconds: float) -> None:
     try:
-        work.wait(timedelta(seconds=seconds))
+        work.wait(timedelta(milliseconds=math.ceil(seconds * 1000)))
     except RuntimeError:
         if work.is_completed():  # otherwise only this look is over
             raise

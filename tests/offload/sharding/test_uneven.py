@@ -148,7 +148,27 @@ def delayed(rank: int) -> None:
     check(weights, values)
 
 
-@pytest.mark.parametrize("case", ["reads", "backwards", "contexts", "graphs", "threads", "delayed"])
+def dropped(rank: int) -> None:
+    """Rank 0 drops graph and store while gathers are under way to which rank 1 has not come."""
+    store = sharing()
+    weights, losses = saved_by(store, equal_values(4, seed=0))
+    agreed(store)
+    losses.pop().backward()
+    if rank == 0:
+        losses.pop().backward()  # the one after it is under way now
+        losses.clear()
+        del store
+    dist.barrier()
+
+
+def saved_by(store: SavedTensorStore, values: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    with store:
+        return saving(values)
+
+
+@pytest.mark.parametrize(
+    "case", ["reads", "backwards", "contexts", "graphs", "threads", "delayed", "dropped"]
+)
 def test_two_ranks(case: str) -> None:
     run_ranks(f"{__name__}:{case}", num_ranks=2)
 

@@ -1,0 +1,49 @@
+"""Waits that end: for a gather, and at the end of a channel."""
+
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+
+from offload import RankMismatchError
+from offload.sharding import channel as channels
+from offload.sharding.channel import Arriving, Channel
+
+
+class NeverThere:
+    """Work that does not end, and notes how long it was waited for."""
+
+    def __init__(self) -> None:
+        self.waited: list[timedelta] = []
+
+    def is_completed(self) -> bool:
+        return False
+
+    def wait(self, timeout: timedelta) -> None:
+        self.waited.append(timeout)
+        raise RuntimeError("timed out")
+
+
+@pytest.fixture
+def channel(monkeypatch: pytest.MonkeyPatch) -> Channel:
+    monkeypatch.setattr(channels.dist, "get_rank", lambda group: 0)
+    monkeypatch.setattr(channels.dist, "get_world_size", lambda group: 2)
+    told: dict[str, bytes] = {}
+
+    def append(name: str, value: str) -> bytes:
+        told[name] = told.get(name, b"") + value.encode()
+        return told[name]
+
+    store = SimpleNamespace(get=told.get, append=append)
+    return Channel(None, store=store, timeout_seconds=0.05)
+
+
+def test_no_wait_is_so_short_that_gloo_takes_it_for_none(channel: Channel) -> None:
+    work = NeverThere()
+    for microseconds in (1, 400, 999, 1500):
+        channels._look(work, seconds=microseconds * 1e-6)
+    channel.begin_read()
+    with pytest.raises(RankMismatchError, match="rank 1 of the group did not come"):
+        channel.wait(Arriving(None, work))
+    # Gloo counts in whole milliseconds, and 0 is no limit.
+    assert min(work.waited) >= timedelta(milliseconds=1)
