@@ -87,7 +87,10 @@ class Sharer:
             return
         digests = []
         if isinstance(entry.content, Encoded):
-            digests = [part.digest for part in entry.content.parts if _is_worth_sharing(part)]
+            # What lies on other ranks already is theirs to gather under the number that it had.
+            digests = [
+                part.digest for part in entry.content.parts if _is_worth_sharing(part) and part.is_near
+            ]
         elif isinstance(entry.content, Reference) and _is_near(entry.content.source):
             digests = [entry.digest]
         for digest in digests:

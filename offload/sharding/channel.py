@@ -75,7 +75,7 @@ class Channel:
 
     def gather_headers(self, own: Tensor) -> Arriving:
         """Begin to gather `own`, uint8 `[n]` with the n of all headers."""
-        self._require_whole()
+        self.require_whole()
         began = time.monotonic()
         try:
             if not self._roads:
@@ -91,7 +91,7 @@ class Channel:
 
     def gather_bytes(self, own: Tensor) -> Arriving:
         """Begin to gather `own`, uint8 `[n]` with the same n on all ranks, after a header said so."""
-        self._require_whole()
+        self.require_whole()
         try:
             arriving = self._roads["bytes"].gather(own, num_ranks=self.num_ranks)
         except RuntimeError as error:
@@ -109,7 +109,7 @@ class Channel:
         began = time.monotonic()
         try:
             while not work.is_completed():
-                self._require_whole()
+                self.require_whole()
                 left = self._deadline - time.monotonic()
                 if left < _LEAST_SECONDS or self._has_one_given_up():
                     raise self._give_up(None)
@@ -131,7 +131,8 @@ class Channel:
                 road.abandon()  # what is under way will not come
         return RankMismatchError(self.failure)
 
-    def _require_whole(self) -> None:
+    def require_whole(self) -> None:
+        """Raise RankMismatchError after a failure."""
         if self.failure is not None:
             raise RankMismatchError(self.failure)
 
@@ -206,7 +207,7 @@ class _Road:
         return self._last is not None and not self._last.is_completed()
 
     def abandon(self) -> None:
-        """Keep the process group for ever: its end would wait for what is under way, and so for other ranks."""
+        """Keep the process group for ever: its end would wait for others to come to what is under way."""
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
 
 

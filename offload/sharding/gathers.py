@@ -156,6 +156,8 @@ class Gathers:
     def read(self, lease: ShardLease) -> Tensor:
         """Return all bytes of `lease`, uint8 `[n]`; `lease.arriving` has their charge."""
         with self._channel.lock:
+            if lease.digest not in self._places:
+                self._channel.require_whole()  # it failed before the order was fixed
             self._channel.begin_read()
             place = self._places[lease.digest]
             self._begin_up_to(place)

@@ -1,13 +1,16 @@
-"""Waits that end: for a gather, and at the end of a channel."""
+"""A channel whose other end does not answer."""
 
 from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from offload import RankMismatchError
 from offload.sharding import channel as channels
 from offload.sharding.channel import Arriving, Channel
+from offload.sharding.gathers import Gathers, ShardLease
+from offload.stats import Ledger
 
 
 class NeverThere:
@@ -47,3 +50,11 @@ def test_no_wait_is_so_short_that_gloo_takes_it_for_none(channel: Channel) -> No
         channel.wait(Arriving(None, work))
     # Gloo counts in whole milliseconds, and 0 is no limit.
     assert min(work.waited) >= timedelta(milliseconds=1)
+
+
+def test_a_failure_before_the_order_was_fixed_is_told_as_it_is(channel: Channel) -> None:
+    channel.fail("rank 1 was struck by lightning")
+    gathers = Gathers(channel, (1, 1, 1), ledger=Ledger(), lease_of=lambda digest: None)
+    lease = ShardLease(torch.zeros(8, dtype=torch.uint8), digest=bytes(16), num_all_bytes=16, stretch=gathers)
+    with pytest.raises(RankMismatchError, match="lightning"):
+        lease.read()

@@ -151,7 +151,7 @@ def delayed(rank: int) -> None:
 def dropped(rank: int) -> None:
     """Rank 0 drops graph and store while gathers are under way to which rank 1 has not come."""
     store = sharing()
-    weights, losses = saved_by(store, equal_values(4, seed=0))
+    _, losses = saved_by(store, equal_values(4, seed=0))
     agreed(store)
     losses.pop().backward()
     if rank == 0:
