@@ -14,6 +14,7 @@ from offload.layout import Layout, block_of
 from offload.part import Part
 from offload.patience import Line
 from offload.sharding.base import MIN_BYTES, Sharding, Traffic
+from offload.sharding.local import Local
 from offload.stats import Ledger, Row
 
 _NUM_TRIED = 4
@@ -54,6 +55,12 @@ class Sharer:
         self._sharding = sharding
         self._ledger = ledger
         self._settled: list[_Settled] = []
+        self._counts = not isinstance(sharding, Local)
+        self._step = 0
+        self._stretch = 0
+        self._is_new_step = True
+        self.is_open = False
+        """Whether something was packed since the outermost enter and the last unpack."""
 
     @property
     def is_joined(self) -> bool:
@@ -71,15 +78,33 @@ class Sharer:
 
     def begin_step(self) -> None:
         """Join the other ranks; entries of an earlier step are tried once more, and then not again."""
-        if self._sharding.close(patiently=False):
-            self._try_all(is_final=True)
+        self._close(patiently=False)
         self._sharding.begin_step(self._ledger)
         self._settled.clear()
+        self._is_new_step = True
+        self.is_open = False
+
+    def begin_pack(self) -> None:
+        """Count steps and stretches by what every rank does alike: enter, pack and unpack."""
+        if self.is_open or not self._counts:
+            return
+        self.is_open = True
+        if self._is_new_step:
+            self._is_new_step = False
+            self._step += 1
+            self._stretch = 0
+        self._stretch += 1
+        self._sharding.begin_stretch(step=self._step, stretch=self._stretch)
 
     def begin_backward(self) -> None:
         """Share what is agreed, before something is unpacked."""
-        if self._sharding.close(patiently=True):
+        self.is_open = False
+        self._close(patiently=True)
+
+    def _close(self, *, patiently: bool) -> None:
+        if self._sharding.close(patiently=patiently):
             self._try_all(is_final=True)
+            self._sharding.begin_serving()
 
     def add(self, entry: Entry, *, layout: Layout, record: StorageRecord, row: Row, stage: str) -> None:
         """Take an entry that has settled as `stage`, and tell the other ranks."""

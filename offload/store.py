@@ -145,6 +145,7 @@ class SavedTensorStore:
 
     def _pack(self, tensor: Tensor) -> Handle | Kept | Distributed:
         with self._lock:
+            self._settler.sharer.begin_pack()
             self._settler.settle_returned()
             kind = kind_of(tensor)
             if kind is Kind.DISTRIBUTED:
@@ -176,7 +177,7 @@ class SavedTensorStore:
         return found
 
     def _unpack(self, handle: Handle | Kept | Distributed) -> Tensor:
-        if self._settler.sharer.is_joined:
+        if self._settler.sharer.is_open:
             with self._lock:
                 self._settler.begin_backward()
         return handle.open()

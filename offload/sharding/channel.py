@@ -5,7 +5,7 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -20,7 +20,9 @@ from offload.errors import RankMismatchError
 from offload.sharding.job_store import JobStore
 
 _LOOK_SECONDS = 0.5
-"""How often a rank that waits looks whether another has given up."""
+"""How often a rank that waits looks whether another has given up, and one that does not whether it is waited
+for.
+"""
 _CALL_SECONDS = 2.0
 """How long ranks have to answer one that has given up, at most."""
 _PAUSE_SECONDS = 0.005
@@ -61,6 +63,7 @@ class Channel:
         self.timeout_seconds = timeout_seconds
         # Closing a stretch, the gather and asking who is still there take one timeout together.
         self.patience_seconds = timeout_seconds / 4
+        self.look_seconds = min(_LOOK_SECONDS, timeout_seconds / 8)
         self._call_seconds = min(_CALL_SECONDS, timeout_seconds / 8)
         self._deadline = 0.0
         self._store = store
@@ -99,8 +102,13 @@ class Channel:
         self.gathered_bytes += arriving.rows.nbytes - own.nbytes
         return arriving
 
-    def wait(self, arriving: Arriving) -> Tensor:
-        """Return the gathered rows.
+    @property
+    def has_met(self) -> bool:
+        """Whether all ranks have come to a gather."""
+        return bool(self._roads)
+
+    def wait(self, arriving: Arriving, *, remind: Callable[[], None] | None = None) -> Tensor:
+        """Return the gathered rows. Where they do not come soon, `remind` is called, once.
 
         Raises:
             RankMismatchError: they do not come; it names the ranks that are missing.
@@ -113,7 +121,10 @@ class Channel:
                 left = self._deadline - time.monotonic()
                 if left < _LEAST_SECONDS or self._has_one_given_up():
                     raise self._give_up(None)
-                _look(work, seconds=min(left, _LOOK_SECONDS))
+                _look(work, seconds=min(left, self.look_seconds))
+                if remind is not None and not work.is_completed():
+                    remind()
+                    remind = None
             work.wait()
         except RankMismatchError:
             raise

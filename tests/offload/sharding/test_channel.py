@@ -54,7 +54,9 @@ def test_no_wait_is_so_short_that_gloo_takes_it_for_none(channel: Channel) -> No
 
 def test_a_failure_before_the_order_was_fixed_is_told_as_it_is(channel: Channel) -> None:
     channel.fail("rank 1 was struck by lightning")
-    gathers = Gathers(channel, (1, 1, 1), ledger=Ledger(), lease_of=lambda digest: None)
+    gathers = Gathers(
+        channel, (1, 1, 1), ledger=Ledger(), lease_of=lambda digest: None, ask=lambda place: None
+    )
     lease = ShardLease(torch.zeros(8, dtype=torch.uint8), digest=bytes(16), num_all_bytes=16, stretch=gathers)
     with pytest.raises(RankMismatchError, match="lightning"):
         lease.read()

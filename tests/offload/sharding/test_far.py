@@ -11,7 +11,6 @@ from offload.handle import Encoded, Entry
 from offload.layout import lift
 from offload.part import Lease
 from offload.patience import Line
-from offload.sharding.base import Sharding
 from offload.sharding.local import Local
 from offload.share import Sharer
 from offload.stats import Ledger, Row
@@ -36,7 +35,7 @@ class FarLease(Lease):
         return self._flat.clone()
 
 
-class Far(Local, Sharding):
+class Far(Local):
     """Says that another rank holds whatever this one does, and notes what it is told."""
 
     is_joined = True
