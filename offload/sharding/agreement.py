@@ -57,11 +57,6 @@ class Agreement:
         """Return the digests of what is agreed, in the order in which all ranks announced them."""
         return sorted(self._agreed, key=self._agreed.__getitem__)
 
-    @property
-    def is_closed_by_all(self) -> bool:
-        """Whether every rank came to close it."""
-        return len(self._closing) == self._num_ranks
-
     def announce(self, digests: Sequence[bytes]) -> None:
         """Say that this rank holds bytes with these digests, and will take part in gathering them."""
         self._tell(",".join(digest.hex() for digest in digests))
@@ -106,7 +101,7 @@ class Agreement:
         if words in (_CLOSE, _END):
             if words == _CLOSE:
                 self._closing.add(rank)
-            self.is_closed = words == _END or self.is_closed_by_all
+            self.is_closed = words == _END or len(self._closing) == self._num_ranks
             return
         found: dict[bytes, _Places] = {}
         for word in words.split(","):

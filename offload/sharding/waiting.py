@@ -11,7 +11,7 @@ _LEAST_SECONDS = 0.01
 
 
 class Waiting:
-    """Patience that ranks who do not come use up, and who come give back.
+    """Patience, which ranks that do not come use up, and those that come give back.
 
     Args:
         store: of the job; this rank says in it that it is there.
@@ -30,7 +30,7 @@ class Waiting:
         store.append("there", f"{rank},")
 
     def wait_for(self, agreement: Agreement) -> None:
-        """Wait until all ranks closed it, for a while."""
+        """Wait until it is closed, for a while."""
         until = time.monotonic() + (self.seconds if self._are_there() else self.seconds / 8)
         pause_seconds = _LEAST_PAUSE_SECONDS
         while not agreement.is_closed and time.monotonic() < until:
@@ -38,7 +38,7 @@ class Waiting:
             pause_seconds = min(2 * pause_seconds, _MOST_PAUSE_SECONDS)
             agreement.read()
         if self._are_all_there:
-            changed = 2 * self.seconds if agreement.is_closed_by_all else self.seconds / 4
+            changed = 2 * self.seconds if agreement.is_closed else self.seconds / 4
             self.seconds = max(_LEAST_SECONDS, min(self._most_seconds, changed))
 
     def _are_there(self) -> bool:

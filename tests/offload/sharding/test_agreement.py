@@ -74,7 +74,7 @@ def test_who_has_read_less_knows_less_and_nothing_else(seed: int) -> None:
         assert not each.is_closed or each is ranks[-1]
     for each in ranks:
         each.read()
-        assert each.is_closed_by_all
+        assert each.is_closed
     assert letters(ranks[0]) == letters(ranks[1]) == letters(ranks[2])
 
 
