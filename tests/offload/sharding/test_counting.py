@@ -2,7 +2,6 @@
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from bench.ranks import run_ranks
 from offload import SavedTensorStore
@@ -30,7 +29,7 @@ def share_a_step(store: SavedTensorStore, *, seed: int) -> None:
 
 
 def small(rank: int) -> None:
-    """In the first step, rank 1 saves nothing that is worth sharing, and in the second it enters for nothing."""
+    """First, rank 1 saves nothing that is worth sharing; then it alone enters, and saves nothing."""
     store = sharing()
     with store:
         _, losses = saving(equal_values(2, seed=0, shape=(4, 4) if rank else (512, 512)))
@@ -71,7 +70,7 @@ def hosts(rank: int) -> None:
         if rank == 0 and number < 2:
             dist.barrier()
         with store:
-            weights, losses = saving(equal_values(1, seed=number))
+            _, losses = saving(equal_values(1, seed=number))
         torch.stack(losses).sum().backward()
         if rank == 1 and number < 2:
             dist.barrier()

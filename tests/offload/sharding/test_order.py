@@ -1,28 +1,13 @@
 """Ranks that save in orders of their own, while the model has collectives in backward."""
 
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from bench.chaos import Meeting
 from bench.ranks import run_ranks
 from tests.offload.sharding.test_all_gather import agreed, check, equal_values, sharing
 
 ORDERS = ((5, 0, 1, 2, 3, 4), (5, 4, 3, 2, 1, 0), (3, 4, 5, 0, 1, 2))
-
-
-class Meeting(torch.autograd.Function):
-    """The identity; backward is a collective, as those of tensor parallelism are."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        dist.all_reduce(torch.ones(1))
-        return gradient
 
 
 def chained(values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
