@@ -3,11 +3,11 @@
 import torch
 import torch.distributed as dist
 
-from bench.ranks import run_ranks
 from offload import SavedTensorStore
 from offload.sharding.all_gather import AllGather
 from offload.sharding.by_host import ByHost
 from offload.sharding.local import Local
+from tests.offload.sharding.in_turn import run_in_turn
 from tests.offload.sharding.test_all_gather import (
     TIMEOUT_SECONDS,
     agreed,
@@ -79,11 +79,5 @@ def hosts(rank: int) -> None:
     share_a_step(store, seed=3)
 
 
-def all_of_them(rank: int) -> None:
-    for case in (small, curved, hosts):
-        case(rank)
-        dist.barrier()
-
-
 def test_ranks_that_enter_and_unpack_alike_count_alike() -> None:
-    run_ranks(f"{__name__}:all_of_them", num_ranks=2)
+    run_in_turn(__name__, "small", "curved", "hosts", num_ranks=2)

@@ -3,7 +3,6 @@
 import threading
 import time
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from bench.ranks import run_ranks
 from offload import SavedTensorStore
 from offload.sharding.all_gather import AllGather
+from tests.offload.sharding.in_turn import run_in_turn
 from tests.offload.sharding.test_all_gather import (
     TIMEOUT_SECONDS,
     agreed,
@@ -166,11 +166,11 @@ def saved_by(store: SavedTensorStore, values: list[Tensor]) -> tuple[list[Tensor
         return saving(values)
 
 
-@pytest.mark.parametrize(
-    "case", ["reads", "backwards", "contexts", "graphs", "threads", "delayed", "dropped"]
-)
-def test_two_ranks(case: str) -> None:
-    run_ranks(f"{__name__}:{case}", num_ranks=2)
+CASES = ("reads", "backwards", "contexts", "graphs", "threads", "delayed", "dropped")
+
+
+def test_two_ranks() -> None:
+    run_in_turn(__name__, *CASES, num_ranks=2)
 
 
 def test_groups_may_overlap() -> None:
