@@ -63,11 +63,6 @@ class Sharer:
         """Whether something was packed since the outermost enter and the last unpack."""
 
     @property
-    def is_joined(self) -> bool:
-        """Whether there are other ranks to share with."""
-        return self._sharding.is_joined
-
-    @property
     def traffic(self) -> Traffic:
         """What came from other ranks since the outermost enter."""
         return self._sharding.traffic
