@@ -5,7 +5,8 @@ python -m bench.chaos --runs 200
 A run is 2 or 3 ranks, a policy and a few steps. In each, ranks save tensors of which some are equal, in
 orders of their own, some of them more than others; then one of the faults: nothing, a rank killed in forward,
 while it publishes or gathers, or in backward, shared bytes overwritten, a rank that raises in forward, never
-enters, never runs backward or runs it twice. Every gradient is compared with what it must be.
+enters, never runs backward or runs it twice, or collectives in the backward of ranks that save each in an
+order of its own. Every gradient is compared with what it must be.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -43,12 +45,13 @@ FAULTS = (
     "never enters",
     "no backward",
     "two backwards",
+    "collectives",
 )
 POLICIES = ("shared-memory", "all-gather")
 # Who depends on others to read is told when they do not come; who shares memory goes on.
 MAY_REFUSE = {
     "shared-memory": frozenset({"overwritten"}),
-    "all-gather": frozenset(FAULTS) - {"none", "never enters"},
+    "all-gather": frozenset(FAULTS) - {"none", "never enters", "collectives"},
 }
 _MEMORY = "/dev/shm"
 _TIMEOUT_SECONDS = 4.0
@@ -83,7 +86,7 @@ def run(seed: int, *, policy: str, num_ranks: int | None = None) -> tuple[str, l
 
 def rank_of_run(rank: int, seed: str, policy: str, fault: str, struck: str, folder: str) -> None:
     """Run this rank's steps and print how they ended."""
-    mine = fault if rank == int(struck) else "none"
+    mine = fault if rank == int(struck) or fault == "collectives" else "none"
     sharding: Sharding = SharedMemory(directory=folder)
     if policy == "all-gather":
         sharding = AllGather(timeout_seconds=_TIMEOUT_SECONDS)
@@ -95,7 +98,7 @@ def rank_of_run(rank: int, seed: str, policy: str, fault: str, struck: str, fold
         try:
             _step(
                 store,
-                _values(int(seed) + step, chance),
+                _values(int(seed) + step, chance, are_as_many=now == "collectives"),
                 fault=now,
                 overwrite=partial(_overwrite, sharding, folder),
             )
@@ -112,16 +115,35 @@ def rank_of_run(rank: int, seed: str, policy: str, fault: str, struck: str, fold
     os._exit(0)  # a group whose rank died would wait for it
 
 
-def _die(*_: Any) -> Any:
+def _die(*_: Any, **__: Any) -> Any:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _values(seed: int, chance: random.Random) -> list[Tensor]:
-    """Return a step's tensors: the job's, in this rank's order, some left out, and some of its own."""
+class Meeting(torch.autograd.Function):
+    """The identity; its backward is a collective, as those of tensor parallelism are."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        """Return `x`."""
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        """Meet all ranks, and return `gradient`."""
+        dist.all_reduce(torch.ones(1))
+        return gradient
+
+
+def _values(seed: int, chance: random.Random, *, are_as_many: bool) -> list[Tensor]:
+    """Return a step's tensors: the job's, in this rank's order, and, unless ranks save as many, some left out
+    and some of its own.
+    """
     generator = torch.Generator().manual_seed(seed)
     common = [torch.randn(shape, generator=generator) for shape in _SHAPES]
     common += [(value > 0).float() for value in common]
     chance.shuffle(common)
+    if are_as_many:
+        return common
     generator.manual_seed(chance.getrandbits(32))
     own = [torch.randn(chance.choice(_SHAPES), generator=generator) for _ in range(chance.randrange(3))]
     return common[: chance.randrange(4, len(common) + 1)] + own
@@ -135,7 +157,10 @@ def _step(
         return
     try:
         with store:
-            losses = [(weight * value.clone()).sum() for weight, value in zip(weights, values, strict=True)]
+            loss = torch.zeros(())
+            for weight, value in zip(weights, values, strict=True):
+                loss = loss + (weight * value.clone()).sum()
+                loss = Meeting.apply(loss) if fault == "collectives" else loss
             if fault == "killed in forward":
                 _die()
             if fault == "raises in forward":
@@ -148,8 +173,6 @@ def _step(
         overwrite()
     if fault == "no backward":
         return
-    loss = torch.stack(losses).sum()
-    del losses
     loss.backward(retain_graph=fault == "two backwards")
     if fault == "killed in backward":
         _die()

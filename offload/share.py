@@ -54,11 +54,11 @@ class Sharer:
         self._sharding = sharding
         self._ledger = ledger
         self._settled: list[_Settled] = []
-
-    @property
-    def is_joined(self) -> bool:
-        """Whether there are other ranks to share with."""
-        return self._sharding.is_joined
+        self._step = 0
+        self._stretch = 0
+        self._is_new_step = True
+        self.is_open = False
+        """Whether something was packed since the outermost enter and the last unpack."""
 
     @property
     def traffic(self) -> Traffic:
@@ -71,15 +71,33 @@ class Sharer:
 
     def begin_step(self) -> None:
         """Join the other ranks; entries of an earlier step are tried once more, and then not again."""
-        if self._sharding.close(patiently=False):
-            self._try_all(is_final=True)
+        self._close(patiently=False)
         self._sharding.begin_step(self._ledger)
         self._settled.clear()
+        self._is_new_step = True
+        self.is_open = False
+
+    def begin_pack(self) -> None:
+        """Count steps and stretches by what every rank does alike: enter, pack and unpack."""
+        if self.is_open:
+            return
+        self.is_open = True
+        if self._is_new_step:
+            self._is_new_step = False
+            self._step += 1
+            self._stretch = 0
+        self._stretch += 1
+        self._sharding.begin_stretch(step=self._step, stretch=self._stretch)
 
     def begin_backward(self) -> None:
         """Share what is agreed, before something is unpacked."""
-        if self._sharding.close(patiently=True):
+        self.is_open = False
+        self._close(patiently=True)
+
+    def _close(self, *, patiently: bool) -> None:
+        if self._sharding.close(patiently=patiently):
             self._try_all(is_final=True)
+            self._sharding.begin_serving()
 
     def add(self, entry: Entry, *, layout: Layout, record: StorageRecord, row: Row, stage: str) -> None:
         """Take an entry that has settled as `stage`, and tell the other ranks."""
@@ -87,7 +105,10 @@ class Sharer:
             return
         digests = []
         if isinstance(entry.content, Encoded):
-            digests = [part.digest for part in entry.content.parts if _is_worth_sharing(part)]
+            # What lies on other ranks already is theirs to gather under the number that it had.
+            digests = [
+                part.digest for part in entry.content.parts if _is_worth_sharing(part) and part.is_near
+            ]
         elif isinstance(entry.content, Reference) and _is_near(entry.content.source):
             digests = [entry.digest]
         for digest in digests:

@@ -84,7 +84,8 @@ class SavedTensorStore:
             ledger=self._ledger,
         )
         # Without ranks there is nothing to do but open: called hundreds of times a step, with cold caches.
-        self._unpack = methodcaller("open") if isinstance(sharding, Local) else self._unpack_shared
+        self._is_alone = isinstance(sharding, Local)
+        self._unpack = methodcaller("open") if self._is_alone else self._unpack_shared
         self._sites = Sites()
         self._lines: dict[tuple[tuple[int, int], torch.dtype, bool], Line] = {}
         self._seen: dict[tuple[tuple[int, int], torch.Size, torch.dtype, bool], tuple[Row, Line]] = {}
@@ -150,6 +151,8 @@ class SavedTensorStore:
 
     def _pack(self, tensor: Tensor) -> Handle | Kept | Distributed:
         with self._lock:
+            if not self._is_alone:
+                self._settler.sharer.begin_pack()
             self._settler.settle_returned()
             kind = kind_of(tensor)
             if kind is Kind.DISTRIBUTED:
@@ -181,7 +184,7 @@ class SavedTensorStore:
         return found
 
     def _unpack_shared(self, handle: Handle | Kept | Distributed) -> Tensor:
-        if self._settler.sharer.is_joined:
+        if self._settler.sharer.is_open:
             with self._lock:
                 self._settler.begin_backward()
         return handle.open()

@@ -78,14 +78,14 @@ class IndexLists:
         return len(self._by_content)
 
     def keep(self, index: Tensor, *, first: Tensor) -> IndexList:
-        """Return the living list equal to `index`, int32 `[N]`, or a new one; `first`, int32 `[R]`, is where
-        each number stands.
+        """Return the living list equal to `index`, int32 `[N]`, or a new one where none can be read without
+        other ranks; `first`, int32 `[R]`, is where each number stands.
         """
         bits = bits_for(first.numel())
         packed = pack(index, bits=bits)
         key = (xxhash.xxh3_128_digest(packed.cpu().numpy().data), bits, index.numel(), index.device)
         found = self._by_content.get(key)
-        if found is None:
+        if found is None or not found.is_near:
             found = IndexList(packed, bits=bits, num_rows=index.numel(), first=first, ledger=self._ledger)
             self._by_content[key] = found
         return found

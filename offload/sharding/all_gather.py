@@ -6,8 +6,6 @@ knows the same list and takes part in gathering it.
 """
 
 import contextlib
-import time
-import weakref
 from collections import deque
 
 import torch.distributed as dist
@@ -17,15 +15,14 @@ from offload.part import Lease
 from offload.sharding.agreement import Agreement
 from offload.sharding.base import Sharding, Traffic
 from offload.sharding.channel import Channel
-from offload.sharding.gathers import Gathers, ShardLease, range_bytes
 from offload.sharding.group import group_key, group_of
 from offload.sharding.job_store import JobStore
+from offload.sharding.stretch import Stretch
+from offload.sharding.waiting import Waiting
 from offload.stats import Ledger
 
-_LEAST_PAUSE_SECONDS = 0.0005
-_MOST_PAUSE_SECONDS = 0.01
-_NUM_LOGGED_STEPS = 3
-"""A rank so many steps behind the others shares nothing with them."""
+_NUM_LOGGED_STEPS = 16
+"""A rank so many steps behind rank 0 shares nothing with it."""
 
 
 class AllGather(Sharding):
@@ -49,7 +46,7 @@ class AllGather(Sharding):
         self._timeout_seconds = timeout_seconds
         self._joined: dist.ProcessGroup | None = None
         self._member: _Member | None = None
-        self._stretch: _Stretch | None = None
+        self._stretch: Stretch | None = None
 
     @property
     def is_joined(self) -> bool:
@@ -62,7 +59,7 @@ class AllGather(Sharding):
         return False
 
     def begin_step(self, ledger: Ledger) -> None:
-        """Find the other ranks at the first call; begin another step of the same number on all of them."""
+        """Find the other ranks at the first call."""
         group = group_of(self._group)
         self._stretch = None
         if group is None:
@@ -72,13 +69,15 @@ class AllGather(Sharding):
         if self._member is not None:
             self._member.begin_step(ledger)
 
+    def begin_stretch(self, *, step: int, stretch: int) -> None:
+        """Begin a log of this number."""
+        if self._member is not None and self.is_joined:
+            self._stretch = self._member.stretch(step, stretch)
+
     def announce(self, digest: bytes) -> None:
-        """Tell it at the next look."""
-        if not self.is_joined or self._member is None:
-            return
-        if self._stretch is None or self._stretch.is_closed:
-            self._stretch = self._member.next_stretch()
-        self._stretch.announce(digest)
+        """Tell it at the next look, unless the stretch is closed."""
+        if self._stretch is not None and not self._stretch.is_closed and self.is_joined:
+            self._stretch.announce(digest)
 
     def look(self) -> None:
         """Tell what was announced, and read what others told."""
@@ -87,13 +86,13 @@ class AllGather(Sharding):
 
     def num_holders(self, digest: bytes) -> int:
         """Return the ranks of the group if all of them announced these bytes in this stretch, else 1."""
-        if self._stretch is None or self._member is None or digest not in self._stretch.agreement.agreed:
+        if self._stretch is None or self._member is None or digest not in self._stretch.agreement:
             return 1
         return self._member.channel.num_ranks
 
     def place(self, flat: Tensor, digest: bytes) -> Lease | None:
         """Return a lease of this rank's range if all ranks announced these bytes."""
-        if self._stretch is None or digest not in self._stretch.agreement.agreed or not self.is_joined:
+        if self._stretch is None or digest not in self._stretch.agreement or not self.is_joined:
             return None
         return self._stretch.lease(flat, digest)
 
@@ -103,6 +102,11 @@ class AllGather(Sharding):
             return False
         self._stretch.close(patiently=patiently)
         return True
+
+    def begin_serving(self) -> None:
+        """Come to gathers that other ranks wait for, whatever this one does."""
+        if self._stretch is not None:
+            self._stretch.begin_serving()
 
     def group_held_bytes(self, held_bytes: int) -> int:
         """Return the sum over the ranks, each as it last told."""
@@ -119,42 +123,37 @@ class _Member:
 
     def __init__(self, channel: Channel, *, store: JobStore, number: int) -> None:
         self.channel = channel
-        self.patience_seconds = channel.patience_seconds
+        self._waiting = Waiting(
+            store, rank=channel.rank, num_ranks=channel.num_ranks, most_seconds=channel.patience_seconds
+        )
         self._store = store
         self._number = number
-        self._num_steps = 0
-        self._num_stretches = 0
-        self._is_new_step = False
         self._logs: deque[tuple[int, str]] = deque()
         self._ledger = Ledger()
         self._before = Traffic()
 
     def begin_step(self, ledger: Ledger) -> None:
-        """Begin another step, to be counted once something is announced in it."""
-        self._is_new_step = True
+        """Count what is gathered anew."""
         self._ledger = ledger
         self._before = Traffic(self.channel.gathered_bytes, self.channel.waited_seconds)
 
-    def next_stretch(self) -> "_Stretch":
-        """Begin the next stretch of this step."""
-        if self._is_new_step:
-            self._is_new_step = False
-            self._num_steps += 1
-            self._num_stretches = 0
-            self._remove_old_logs()
-        self._num_stretches += 1
+    def stretch(self, step: int, number: int) -> Stretch:
+        """Return a stretch of this step."""
+        self._remove_logs_before(step - _NUM_LOGGED_STEPS)
         agreement = Agreement(
-            self._store,
-            f"log/{self._num_steps}/{self._num_stretches}",
-            rank=self.channel.rank,
-            num_ranks=self.channel.num_ranks,
+            self._store, f"log/{step}/{number}", rank=self.channel.rank, num_ranks=self.channel.num_ranks
         )
-        self._logs.append((self._num_steps, agreement.name))
-        number = self._number, self._num_steps, self._num_stretches
-        return _Stretch(self, agreement, number=number, ledger=self._ledger)
+        self._logs.append((step, agreement.name))
+        return Stretch(
+            self.channel,
+            agreement,
+            number=(self._number, step, number),
+            waiting=self._waiting,
+            ledger=self._ledger,
+        )
 
-    def _remove_old_logs(self) -> None:
-        while self._logs and self._logs[0][0] < self._num_steps - _NUM_LOGGED_STEPS:
+    def _remove_logs_before(self, step: int) -> None:
+        while self._logs and self._logs[0][0] < step:
             _, name = self._logs.popleft()
             if self.channel.rank == 0:
                 with contextlib.suppress(RuntimeError):  # a file cannot forget
@@ -177,77 +176,6 @@ class _Member:
         )
 
 
-class _Stretch:
-    """What is saved between two backwards of a step. Leases own it; it refers to them weakly."""
-
-    def __init__(
-        self, member: _Member, agreement: Agreement, *, number: tuple[int, int, int], ledger: Ledger
-    ) -> None:
-        self.agreement = agreement
-        self.is_closed = False
-        self._member = member
-        self._untold: list[bytes] = []
-        self._leases: weakref.WeakValueDictionary[bytes, ShardLease] = weakref.WeakValueDictionary()
-        self._gathers = Gathers(member.channel, number, ledger=ledger, lease_of=self._leases.get)
-
-    def announce(self, digest: bytes) -> None:
-        """Tell it at the next look."""
-        self._untold.append(digest)
-
-    def look(self) -> None:
-        """Tell and read."""
-        try:
-            if self._untold and not self.is_closed:
-                self.agreement.announce(self._untold)
-                self._untold.clear()
-            elif not self.agreement.is_closed:
-                self.agreement.read()
-        except RuntimeError as error:
-            self._member.channel.lose_store(error)
-
-    def lease(self, flat: Tensor, digest: bytes) -> ShardLease | None:
-        """Return the lease of these bytes, a new one where none lives and no header has told so."""
-        lease = self._leases.get(digest)
-        if lease is None and not self._gathers.has_begun:
-            channel = self._member.channel
-            longest = range_bytes(flat.numel(), channel.num_ranks)
-            own = flat[channel.rank * longest : (channel.rank + 1) * longest].clone()
-            lease = ShardLease(own, digest=digest, num_all_bytes=flat.numel(), stretch=self)
-            self._leases[digest] = lease
-        return lease
-
-    def read(self, lease: ShardLease) -> Tensor:
-        """Return all bytes of a lease."""
-        return self._gathers.read(lease)
-
-    def close(self, *, patiently: bool) -> None:
-        """Fix what is agreed, waiting for the other ranks where that is wanted."""
-        began = time.monotonic()
-        try:
-            self.look()
-            self.agreement.close()
-            if patiently:
-                self._wait()
-            if not self.agreement.is_closed:
-                self.agreement.end()
-        except RuntimeError as error:
-            self._member.channel.lose_store(error)
-        self.is_closed = True
-        self._member.channel.waited_seconds += time.monotonic() - began
-        self._gathers.fix(list(self.agreement.agreed))
-
-    def _wait(self) -> None:
-        member = self._member
-        until = time.monotonic() + member.patience_seconds
-        pause_seconds = _LEAST_PAUSE_SECONDS
-        while not self.agreement.is_closed and time.monotonic() < until:
-            time.sleep(pause_seconds)
-            pause_seconds = min(2 * pause_seconds, _MOST_PAUSE_SECONDS)
-            self.agreement.read()
-        is_met = self.agreement.is_closed_by_all
-        member.patience_seconds = member.channel.patience_seconds if is_met else member.patience_seconds / 4
-
-
 def _join(group: dist.ProcessGroup, *, timeout_seconds: float) -> _Member | None:
     """Return this rank's place in `group`; None where the job's store cannot be asked."""
     answer_seconds = timeout_seconds / 4
@@ -256,6 +184,7 @@ def _join(group: dist.ProcessGroup, *, timeout_seconds: float) -> _Member | None
         ranks = JobStore(name, timeout_seconds=answer_seconds)
         number = ranks.count(f"stores/{dist.get_rank(group)}")
         store = JobStore(f"{name}/{number}", timeout_seconds=answer_seconds)
+        channel = Channel(group, store=store, timeout_seconds=timeout_seconds)
+        return _Member(channel, store=store, number=number)
     except (RuntimeError, AttributeError):
         return None
-    return _Member(Channel(group, store=store, timeout_seconds=timeout_seconds), store=store, number=number)

@@ -23,17 +23,19 @@ _NUM_TRIED = 2
 
 
 class Published:
-    """A file of this rank, under its name until it is written anew. Its end makes that possible."""
+    """A file of this rank, under its name until it is written anew. Its end makes that possible, and comes
+    before the end of its arena, which removes the file.
+    """
 
-    __slots__ = ("_ended", "_path", "_size")
+    __slots__ = ("_arena", "_path", "_size")
 
-    def __init__(self, path: Path, *, size: int, ended: "deque[tuple[int, Path]]") -> None:
+    def __init__(self, path: Path, *, size: int, arena: "Arena") -> None:
         self._path = path
         self._size = size
-        self._ended = ended
+        self._arena = arena
 
     def __del__(self) -> None:
-        self._ended.append((self._size, self._path))
+        self._arena.ended.append((self._size, self._path))
 
 
 class Arena:
@@ -46,10 +48,11 @@ class Arena:
     def __init__(self, folder: Folder) -> None:
         self._joined = folder  # left when nothing in it is in use
         self._folder = folder.path
-        self._ended: deque[tuple[int, Path]] = deque()
+        self.ended: deque[tuple[int, Path]] = deque()
+        """Files that nobody of this rank holds any more, with their sizes."""
         self._free: dict[int, list[Path]] = {}
         self._unused: set[Path] = set()
-        weakref.finalize(self, _remove, self._ended, self._free, owner=folder.owner)
+        weakref.finalize(self, _remove, self.ended, self._free, owner=folder.owner)
 
     def begin_step(self) -> None:
         """Remove what was free during all of the last step."""
@@ -103,7 +106,7 @@ class Arena:
             if mappings is None:
                 return None
             self._named(digest).hardlink_to(path)  # fails where another rank was quicker
-            return *mappings, Published(self._named(digest), size=flat.numel(), ended=self._ended)
+            return *mappings, Published(self._named(digest), size=flat.numel(), arena=self)
         finally:
             os.close(file)
             with contextlib.suppress(OSError):
@@ -144,8 +147,8 @@ class Arena:
         return path, file
 
     def _collect(self) -> None:
-        while self._ended:
-            size, path = self._ended.popleft()
+        while self.ended:
+            size, path = self.ended.popleft()
             self._free.setdefault(size, []).append(path)
 
     def _named(self, digest: bytes) -> Path:

@@ -45,6 +45,16 @@ class Sharding(ABC):
             ledger: charged for bytes that the policy itself comes to hold.
         """
 
+    def begin_stretch(self, *, step: int, stretch: int) -> None:  # noqa: B027 - most have no use for it
+        """Take note that something is saved for the first time since the outermost enter, or since something
+        was unpacked.
+
+        Args:
+            step: counts the outermost enters of the store in which something was saved, from 1.
+            stretch: counts the stretches of the step, from 1. Ranks that enter equally often and run the same
+                backwards count alike, whatever they save.
+        """
+
     @abstractmethod
     def look(self) -> None:
         """Tell what was announced, and see what others announced. Does not wait for them."""
@@ -77,6 +87,9 @@ class Sharding(ABC):
         have changed by that. Where `patiently`, it may wait for other ranks.
         """
         return False
+
+    def begin_serving(self) -> None:  # noqa: B027
+        """Take note that what is agreed has been placed, after `close`."""
 
     @property
     def traffic(self) -> Traffic:

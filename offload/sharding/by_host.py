@@ -72,6 +72,10 @@ class ByHost(Sharding):
         """What came from other ranks."""
         return self._chosen.traffic
 
+    def begin_stretch(self, *, step: int, stretch: int) -> None:
+        """Let the chosen policy count: alike on all ranks, whichever step each of them chose at."""
+        self._chosen.begin_stretch(step=step, stretch=stretch)
+
     def look(self) -> None:
         """Let the chosen policy look."""
         self._chosen.look()
@@ -91,6 +95,10 @@ class ByHost(Sharding):
     def close(self, *, patiently: bool) -> bool:
         """Let the chosen policy close."""
         return self._chosen.close(patiently=patiently)
+
+    def begin_serving(self) -> None:
+        """Let the chosen policy serve."""
+        self._chosen.begin_serving()
 
     def group_held_bytes(self, held_bytes: int) -> int:
         """Return what the chosen policy knows."""

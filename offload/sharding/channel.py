@@ -1,8 +1,11 @@
 """Process groups of a store's own, waited on for a bounded time."""
 
 import ctypes
+import math
 import threading
 import time
+import weakref
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -17,10 +20,14 @@ from offload.errors import RankMismatchError
 from offload.sharding.job_store import JobStore
 
 _LOOK_SECONDS = 0.5
-"""How often a rank that waits looks whether another has given up."""
+"""How often a rank that waits looks whether another has given up, and one that does not whether it is waited
+for.
+"""
 _CALL_SECONDS = 2.0
 """How long ranks have to answer one that has given up, at most."""
 _PAUSE_SECONDS = 0.005
+_LEAST_SECONDS = 0.001
+"""Gloo counts in milliseconds and takes 0 for no limit at all."""
 _OPERATION = timedelta(days=1)
 """Gloo's own limit. A gather may lie ahead for as long as a rank is busy; who waits for it has a clock."""
 
@@ -56,11 +63,12 @@ class Channel:
         self.timeout_seconds = timeout_seconds
         # Closing a stretch, the gather and asking who is still there take one timeout together.
         self.patience_seconds = timeout_seconds / 4
+        self.look_seconds = min(_LOOK_SECONDS, timeout_seconds / 8)
         self._call_seconds = min(_CALL_SECONDS, timeout_seconds / 8)
         self._deadline = 0.0
         self._store = store
-        self._headers: ProcessGroupGloo | None = None
-        self._bytes: ProcessGroupGloo | None = None
+        self._roads: dict[str, _Road] = {}
+        weakref.finalize(self, _leave, self._roads)
 
     def begin_read(self) -> None:
         """Start the clock for all that one read waits for."""
@@ -70,13 +78,13 @@ class Channel:
 
     def gather_headers(self, own: Tensor) -> Arriving:
         """Begin to gather `own`, uint8 `[n]` with the n of all headers."""
-        self._require_whole()
+        self.require_whole()
         began = time.monotonic()
         try:
-            if self._headers is None:
+            if not self._roads:
                 self._meet()
-                self._headers, self._bytes = self._private_group("headers"), self._private_group("bytes")
-            return _gather(self._headers, own, num_ranks=self.num_ranks)
+                self._roads |= {name: _Road(self._private_group(name)) for name in ("headers", "bytes")}
+            return self._roads["headers"].gather(own, num_ranks=self.num_ranks)
         except RankMismatchError:
             raise
         except RuntimeError as error:
@@ -86,17 +94,21 @@ class Channel:
 
     def gather_bytes(self, own: Tensor) -> Arriving:
         """Begin to gather `own`, uint8 `[n]` with the same n on all ranks, after a header said so."""
-        self._require_whole()
-        assert self._bytes is not None
+        self.require_whole()
         try:
-            arriving = _gather(self._bytes, own, num_ranks=self.num_ranks)
+            arriving = self._roads["bytes"].gather(own, num_ranks=self.num_ranks)
         except RuntimeError as error:
             raise self._give_up(error) from error
         self.gathered_bytes += arriving.rows.nbytes - own.nbytes
         return arriving
 
-    def wait(self, arriving: Arriving) -> Tensor:
-        """Return the gathered rows.
+    @property
+    def has_met(self) -> bool:
+        """Whether all ranks have come to a gather."""
+        return bool(self._roads)
+
+    def wait(self, arriving: Arriving, *, remind: Callable[[], None] | None = None) -> Tensor:
+        """Return the gathered rows. Where they do not come soon, `remind` is called, once.
 
         Raises:
             RankMismatchError: they do not come; it names the ranks that are missing.
@@ -105,11 +117,14 @@ class Channel:
         began = time.monotonic()
         try:
             while not work.is_completed():
-                self._require_whole()
+                self.require_whole()
                 left = self._deadline - time.monotonic()
-                if left <= 0 or self._has_one_given_up():
+                if left < _LEAST_SECONDS or self._has_one_given_up():
                     raise self._give_up(None)
-                _look(work, seconds=min(left, _LOOK_SECONDS))
+                _look(work, seconds=min(left, self.look_seconds))
+                if remind is not None and not work.is_completed():
+                    remind()
+                    remind = None
             work.wait()
         except RankMismatchError:
             raise
@@ -123,13 +138,12 @@ class Channel:
         """Return the error that every gather from here on raises: the first failure."""
         if self.failure is None:
             self.failure = message
-            for group in (self._headers, self._bytes):
-                if group is not None:
-                    # Its end would wait for what will not come.
-                    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+            for road in self._roads.values():
+                road.abandon()  # what is under way will not come
         return RankMismatchError(self.failure)
 
-    def _require_whole(self) -> None:
+    def require_whole(self) -> None:
+        """Raise RankMismatchError after a failure."""
         if self.failure is not None:
             raise RankMismatchError(self.failure)
 
@@ -183,17 +197,41 @@ class Channel:
             came = self._store.get(name) or b""
 
 
-def _gather(group: ProcessGroupGloo, own: Tensor, *, num_ranks: int) -> Arriving:
-    rows = own.new_empty(num_ranks, own.numel())
-    options = AllgatherOptions()
-    options.timeout = _OPERATION
-    work = group.allgather([list(rows.unbind())], [own], options)  # type: ignore[attr-defined]
-    return Arriving(rows, work)
+class _Road:
+    """A process group, and what was last begun on it."""
+
+    def __init__(self, group: ProcessGroupGloo) -> None:
+        self._group = group
+        self._last: dist.Work | None = None
+
+    def gather(self, own: Tensor, *, num_ranks: int) -> Arriving:
+        """Begin to gather `own` of each rank."""
+        rows = own.new_empty(num_ranks, own.numel())
+        options = AllgatherOptions()
+        options.timeout = _OPERATION
+        self._last = self._group.allgather([list(rows.unbind())], [own], options)  # type: ignore[attr-defined]
+        return Arriving(rows, self._last)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is under way."""
+        return self._last is not None and not self._last.is_completed()
+
+    def abandon(self) -> None:
+        """Keep the process group for ever: its end would wait for others to come to what is under way."""
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
+
+
+def _leave(roads: Mapping[str, _Road]) -> None:
+    """End the process groups, but for those whose end would wait (Law 8)."""
+    for road in roads.values():
+        if road.is_busy:
+            road.abandon()
 
 
 def _look(work: dist.Work, *, seconds: float) -> None:
     try:
-        work.wait(timedelta(seconds=seconds))
+        work.wait(timedelta(milliseconds=math.ceil(seconds * 1000)))
     except RuntimeError:
         if work.is_completed():  # otherwise only this look is over
             raise

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 import re
+import time
 import weakref
 from pathlib import Path
 
@@ -17,6 +18,7 @@ _PREFIX = "offload-"
 _LOCK = "lock"
 _NAME = re.compile(_PREFIX + "[0-9a-f]{24}")
 _NUM_TRIED = 100
+_PAUSE_SECONDS = 0.01
 
 
 class Folder:
@@ -44,16 +46,29 @@ def remove_abandoned(parent: Path) -> None:
 
 
 def _join(path: Path) -> int:
-    """Make `path` where it is missing, and return its lock, held."""
+    """Make `path` where it is missing, and return its lock, held. Who removes it has the lock for an instant,
+    or for as long as it is stopped.
+    """
     for _ in range(_NUM_TRIED):
         with contextlib.suppress(FileNotFoundError):  # somebody removed it between two of these lines
             path.mkdir(mode=0o700, exist_ok=True)
             lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            if _is_named(lock, path / _LOCK):
+            if _is_shared(lock) and _is_named(lock, path / _LOCK):
                 return lock
             os.close(lock)
-    raise StoreError(f"joining the ranks of this host failed: {path} is removed as soon as it is made")
+        time.sleep(_PAUSE_SECONDS)
+    raise StoreError(
+        f"joining the ranks of this host failed: {path} is removed as soon as it is made, or another process "
+        f"has locked it for longer than {_NUM_TRIED * _PAUSE_SECONDS:g} s"
+    )
+
+
+def _is_shared(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _is_named(lock: int, path: Path) -> bool:

@@ -9,6 +9,7 @@ digest. Where they differ no bytes are sent, and whoever needs them is told.
 import contextlib
 import struct
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -124,6 +125,7 @@ class Gathers:
         number: of the store, the step and the stretch, the same on all ranks.
         ledger: charged for gathered bytes until they are handed out.
         lease_of: the living lease of a digest, if any.
+        ask: asks the other ranks to come to a gather, by its number.
     """
 
     def __init__(
@@ -133,11 +135,13 @@ class Gathers:
         *,
         ledger: Ledger,
         lease_of: Callable[[bytes], ShardLease | None],
+        ask: Callable[[int], None],
     ) -> None:
         self._channel = channel
         self._number = number
         self._ledger = ledger
         self._lease_of = lease_of
+        self._ask = ask
         self._order: Sequence[bytes] = ()
         self._places: dict[bytes, int] = {}
         self._promised: dict[int, Promise] = {}
@@ -153,9 +157,22 @@ class Gathers:
         """Whether headers have gone out: what this rank holds is told."""
         return bool(self._num_begun or self._promised)
 
+    @property
+    def are_begun(self) -> bool:
+        """Whether all are done or under way."""
+        return self._num_begun == len(self._order)
+
+    def serve(self, place: int) -> None:
+        """Come to all gathers up to number `place`. To be called with the channel's lock."""
+        if self._num_begun <= place:
+            self._channel.begin_read()
+            self._begin_up_to(min(place, len(self._order) - 1))
+
     def read(self, lease: ShardLease) -> Tensor:
         """Return all bytes of `lease`, uint8 `[n]`; `lease.arriving` has their charge."""
         with self._channel.lock:
+            if lease.digest not in self._places:
+                self._channel.require_whole()  # it failed before the order was fixed
             self._channel.begin_read()
             place = self._places[lease.digest]
             self._begin_up_to(place)
@@ -185,14 +202,22 @@ class Gathers:
             (lease.num_all_bytes, lease.range_digest) if lease is not None else (0, bytes(16))
         )
         words = _HEADER.pack(*self._number, place, size, lease is not None, digest, range_digest)
+        if not self._channel.has_met:
+            self._remind(place)
         header = self._channel.gather_headers(torch.frombuffer(bytearray(words), dtype=torch.uint8))
         own = lease.padded(self._channel.num_ranks) if lease is not None else None
         self._promised[place] = Promise(header, own)
 
+    def _remind(self, place: int) -> None:
+        try:
+            self._ask(place)
+        except RuntimeError as error:
+            raise self._channel.lose_store(error) from error
+
     def _exchange(self, place: int) -> None:
         """Compare the headers, and begin to gather the bytes if all ranks have them."""
         header, own = self._promised[place]
-        rows = self._channel.wait(header)
+        rows = self._channel.wait(header, remind=partial(self._remind, place))
         del self._promised[place]
         headers = [Header(*_HEADER.unpack(bytes(row.tolist()))) for row in rows]
         if (mix_up := mix_up_of(headers)) is not None:
@@ -211,7 +236,7 @@ class Gathers:
     def _finish(self, gather: Gather, lease: ShardLease) -> Tensor:
         if gather.arriving is None:
             raise RankMismatchError(gather.refusal)
-        rows = self._channel.wait(gather.arriving)
+        rows = self._channel.wait(gather.arriving, remind=partial(self._remind, self._places[lease.digest]))
         whole = rows.view(-1)[: lease.num_all_bytes]
         if digest_of_bytes(whole) == lease.digest:
             return whole

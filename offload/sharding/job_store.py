@@ -61,6 +61,10 @@ class JobStore:
 
         return self._ask(append)
 
+    def tell(self, name: str, value: str) -> None:
+        """Append, and do not wait for it; where the store is lost, nothing is told."""
+        self._questions.put((lambda: self._store.append(name, value), queue.SimpleQueue()))  # type: ignore[attr-defined]
+
     def remove(self, name: str) -> None:
         """Remove a value, if the kind of store can."""
         self._ask(lambda: self._store.delete_key(name))

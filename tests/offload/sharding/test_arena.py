@@ -14,6 +14,7 @@ from offload.digest import digest_of_bytes
 from offload.sharding.arena import Arena
 from offload.sharding.folder import Folder
 from offload.sharding.mapping import map_private
+from offload.sharding.shared_memory import _FileLease
 
 pytestmark = pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no file system in memory at /dev/shm")
 
@@ -96,9 +97,23 @@ def test_the_end_of_an_arena_leaves_nothing() -> None:
         arena = Arena(Folder(Path(memory), "0" * 24))
         kept = [arena.publish(digest, flat) for flat, digest in (some_bytes() for _ in range(3))]
         del kept[:2], arena
-        assert len(list(Path(memory).rglob("*"))) == 0
-        assert len(kept) == 1
+        assert len(list(Path(memory).rglob("*"))) == 5  # all of it serves whoever holds the last
         kept.clear()
+        assert len(list(Path(memory).rglob("*"))) == 0
+
+
+def test_a_lease_that_outlives_its_store_leaves_nothing_while_others_share_on() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        other = Folder(Path(memory), "0" * 24)
+        arena = Arena(Folder(Path(memory), "0" * 24))
+        flat, digest = some_bytes()
+        kept, spare, published = arena.publish(digest, flat) or pytest.fail("not published")
+        lease = _FileLease((kept, spare), digest, arena=arena, published=published)
+        del arena, published
+        assert len(list(other.path.iterdir())) == 2
+        del lease
+        assert [path.name for path in other.path.iterdir()] == ["lock"]
+        other.leave()
 
 
 def test_no_room_is_no_file_and_no_trace(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The folder of a job: held by its living, removed by its last, or by the next job."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from offload import StoreError
+from offload.sharding import folder as folder_module
 from offload.sharding.folder import Folder, remove_abandoned
 
 NAME, OTHER = "a" * 24, "b" * 24
@@ -53,6 +56,19 @@ def test_the_living_keep_it_and_the_killed_do_not(tmp_path: Path, holder: "subpr
     remove_abandoned(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {f"offload-{OTHER}"}
     other.leave()
+
+
+def test_one_that_is_locked_by_a_process_that_stopped_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_module, "_PAUSE_SECONDS", 0.0)
+    first = Folder(tmp_path, NAME)
+    first.leave()
+    first.path.mkdir()
+    with (first.path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(StoreError, match="another process has locked it for longer than"):
+            Folder(tmp_path, NAME)
 
 
 def test_only_the_owner_may_look_inside(tmp_path: Path) -> None:

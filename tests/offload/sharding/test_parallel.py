@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from bench.ranks import run_ranks
 from offload import SavedTensorStore, StaleTensorError, StoreError
 from offload.sharding.shared_memory import SharedMemory
+from tests.offload.sharding.in_turn import run_in_turn
 
 
 class Net(nn.Module):
@@ -117,18 +117,15 @@ def change_in_place(rank: int) -> None:
                 loss.backward()
 
 
-def test_a_dtensor_that_was_changed_in_place_is_refused() -> None:
-    run_ranks(f"{__name__}:change_in_place", num_ranks=2)
-
-
-def test_a_store_that_cannot_join_leaves_no_hooks_behind(tmp_path: Path) -> None:
-    run_ranks(f"{__name__}:join_nowhere", str(tmp_path / "missing"), num_ranks=2)
-
-
-def join_nowhere(rank: int, directory: str) -> None:
+def join_nowhere(rank: int) -> None:
+    """A store that cannot join leaves no hooks behind."""
     with (
         pytest.raises(StoreError, match="needs the folder"),
-        SavedTensorStore(shard=SharedMemory(directory=directory)),
+        SavedTensorStore(shard=SharedMemory(directory="/nowhere")),
     ):
         pass
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def test_what_cannot_be_given_back_is_refused_and_who_cannot_join_is_told() -> None:
+    run_in_turn(__name__, "change_in_place", "join_nowhere", num_ranks=2)

@@ -15,6 +15,7 @@ from bench.ranks import run_ranks
 from offload import RankMismatchError, SavedTensorStore
 from offload.sharding import arena, shared_memory
 from offload.sharding.shared_memory import SharedMemory
+from tests.offload.sharding.in_turn import run_in_turn
 
 MIB = 1 << 20
 
@@ -207,19 +208,13 @@ def grouped(rank: int, memory: str) -> None:
     assert store.stats.num_by_stage.get("shared", 0) == (2 if rank < 2 else 0)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-@pytest.mark.parametrize("case", ["differing", "alone"])
-def test_ranks_that_differ_share_nothing_or_less(case: str, num_ranks: int, memory: str) -> None:
-    run_ranks(f"{__name__}:{case}", memory, num_ranks=num_ranks)
+def test_two_ranks(memory: str) -> None:
+    cases = ("differing", "alone", "replicated", "disordered", "corrupted")
+    run_in_turn(__name__, *cases, num_ranks=2, arguments=(memory,))
 
 
-@pytest.mark.parametrize("case", ["replicated", "disordered", "corrupted"])
-def test_two_ranks(case: str, memory: str) -> None:
-    run_ranks(f"{__name__}:{case}", memory, num_ranks=2)
-
-
-def test_a_group_shares_within_itself(memory: str) -> None:
-    run_ranks(f"{__name__}:grouped", memory, num_ranks=3)
+def test_three_ranks(memory: str) -> None:
+    run_in_turn(__name__, "differing", "alone", "grouped", num_ranks=3, arguments=(memory,))
 
 
 @pytest.mark.parametrize("moment", ["forward", "publish", "backward"])

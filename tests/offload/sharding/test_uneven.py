@@ -3,7 +3,6 @@
 import threading
 import time
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from bench.ranks import run_ranks
 from offload import SavedTensorStore
 from offload.sharding.all_gather import AllGather
+from tests.offload.sharding.in_turn import run_in_turn
 from tests.offload.sharding.test_all_gather import (
     TIMEOUT_SECONDS,
     agreed,
@@ -148,9 +148,29 @@ def delayed(rank: int) -> None:
     check(weights, values)
 
 
-@pytest.mark.parametrize("case", ["reads", "backwards", "contexts", "graphs", "threads", "delayed"])
-def test_two_ranks(case: str) -> None:
-    run_ranks(f"{__name__}:{case}", num_ranks=2)
+def dropped(rank: int) -> None:
+    """Rank 0 drops graph and store while gathers are under way to which rank 1 has not come."""
+    store = sharing()
+    _, losses = saved_by(store, equal_values(4, seed=0))
+    agreed(store)
+    losses.pop().backward()
+    if rank == 0:
+        losses.pop().backward()  # the one after it is under way now
+        losses.clear()
+        del store
+    dist.barrier()
+
+
+def saved_by(store: SavedTensorStore, values: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    with store:
+        return saving(values)
+
+
+CASES = ("reads", "backwards", "contexts", "graphs", "threads", "delayed", "dropped")
+
+
+def test_two_ranks() -> None:
+    run_in_turn(__name__, *CASES, num_ranks=2)
 
 
 def test_groups_may_overlap() -> None:
