@@ -23,9 +23,9 @@ from offload.codecs.raw import RawPayload
 from offload.dedupe import ContentIndex, StorageIndex, StorageRecord
 from offload.digest import digest_of
 from offload.handle import Content, Encoded, Entry, Handle, Kept, Reference
-from offload.layout import Layout, block_of, lift
+from offload.layout import Layout, block_of, lay, lift
 from offload.patience import Line
-from offload.select import is_window
+from offload.select import has_plain_storage, is_window
 from offload.sharding.base import Sharding
 from offload.share import Sharer
 from offload.stats import Charge, Ledger, Row
@@ -72,6 +72,7 @@ class Settler:
     def begin_step(self) -> None:
         """Start counting storages and the peak anew, and look which ranks there are."""
         self._storages.begin_step()
+        self._lists.tensors.begin_step()
         self.sharer.begin_step()
         self._ledger.reset_peak()
 
@@ -108,6 +109,14 @@ class Settler:
         self._queue.pending.append(pending)
         self._queue.num_bytes += record.num_bytes
         return Handle(entry, layout=layout), storage_bytes
+
+    def keep(self, tensor: Tensor) -> Kept:
+        """Return the handle of a parameter, or of what has no plain storage: no stage touches it, but others
+        may be tables by it.
+        """
+        kept = Kept(tensor.detach())
+        self._offer_kept(kept, num_bytes=0)
+        return kept
 
     def settle_returned(self) -> None:
         """Settle a batch of what this thread saved under an earlier node than the one being built.
@@ -152,7 +161,26 @@ class Settler:
         charged_bytes = self._ledger.charged_bytes
         kept = Kept(alias, num_bytes=record.num_bytes, charge=self._charge(alias, record))
         row.count("reference", kept_bytes=self._ledger.charged_bytes - charged_bytes)
+        self._offer_kept(kept, num_bytes=record.num_bytes)
         return kept
+
+    def _offer_kept(self, kept: Kept, *, num_bytes: int) -> None:
+        if self._codecs and has_plain_storage(kept.open()):
+            self._lists.tensors.add(kept.open(), find=weakref.ref(kept), kept_bytes=num_bytes)
+
+    def _offer_entry(self, entry: Entry, layout: Layout, record: StorageRecord) -> None:
+        """Let later saves be tables by this one, which stays a reference: a payload by it leads to no
+        other.
+        """
+        if not self._codecs or not isinstance(entry.content, Reference):
+            return
+        living = weakref.ref(entry)
+
+        def find() -> Handle | None:
+            entry = living()
+            return Handle(entry, layout=layout) if entry is not None else None
+
+        self._lists.tensors.add(lay(layout, entry.content.source), find=find, kept_bytes=record.num_bytes)
 
     def _charge(self, alias: Tensor, record: StorageRecord) -> Charge:
         if self._dedupe:
@@ -173,6 +201,7 @@ class Settler:
             entry.line.reading.learn(won=won)
             own_bytes = self._ledger.charged_bytes - charged_bytes
             pending.row.count(stage, kept_bytes=own_bytes if won else pending.new_bytes)
+        self._offer_entry(entry, pending.layout, pending.record)
         self.sharer.add(entry, layout=pending.layout, record=pending.record, row=pending.row, stage=stage)
 
     def _place(self, entry: Entry, layout: Layout, record: StorageRecord) -> str:
@@ -216,8 +245,10 @@ class Settler:
         known = self._contents.find(digest, source)
         if known is not None:
             known.line.reading.learn(won=True)  # a line that finds nothing is worth reading to be found
+        if known is not None and isinstance(known.content, Encoded):
+            return known.content if known.content.is_fresh else None
         if known is None or not isinstance(known.content, Reference):
-            return known.content if known is not None else None
+            return None
         theirs = known.content.source
         if (
             known.follows
