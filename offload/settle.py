@@ -23,9 +23,10 @@ from offload.codecs.raw import RawPayload
 from offload.dedupe import ContentIndex, StorageIndex, StorageRecord
 from offload.digest import digest_of
 from offload.handle import Content, Encoded, Entry, Handle, Kept, Reference
-from offload.layout import Layout, block_of, lay, lift
+from offload.layout import Layout, block_of, lift
+from offload.offers import Offers
 from offload.patience import Line
-from offload.select import has_plain_storage, is_window
+from offload.select import is_window
 from offload.sharding.base import Sharding
 from offload.share import Sharer
 from offload.stats import Charge, Ledger, Row
@@ -66,6 +67,7 @@ class Settler:
         self._storages = StorageIndex(ledger)
         self._contents = ContentIndex()
         self._lists = IndexLists(ledger)
+        self._offers = Offers(self._lists.tensors)
         self.sharer = Sharer(sharding, ledger=ledger)
         self._queue = _Queue()
 
@@ -99,6 +101,8 @@ class Settler:
                 return Handle(known, layout=layout, saver=known.content.add(source)), storage_bytes
             known.follows = True
         follows = known is not None and known.follows
+        if self._codecs and line.encoding.is_hopeful:
+            self._offers.offer_parameters(tensor)
         charged_bytes = self._ledger.charged_bytes
         reference = Reference(source, num_bytes=record.num_bytes, charge=self._charge(source, record))
         entry = Entry(reference, line=line, digest=digest, follows=follows)
@@ -115,7 +119,8 @@ class Settler:
         may be tables by it.
         """
         kept = Kept(tensor.detach())
-        self._offer_kept(kept, num_bytes=0)
+        if self._codecs:
+            self._offers.offer_kept(kept, num_bytes=0)
         return kept
 
     def settle_returned(self) -> None:
@@ -161,26 +166,9 @@ class Settler:
         charged_bytes = self._ledger.charged_bytes
         kept = Kept(alias, num_bytes=record.num_bytes, charge=self._charge(alias, record))
         row.count("reference", kept_bytes=self._ledger.charged_bytes - charged_bytes)
-        self._offer_kept(kept, num_bytes=record.num_bytes)
+        if self._codecs:
+            self._offers.offer_kept(kept, num_bytes=record.num_bytes)
         return kept
-
-    def _offer_kept(self, kept: Kept, *, num_bytes: int) -> None:
-        if self._codecs and has_plain_storage(kept.open()):
-            self._lists.tensors.add(kept.open(), find=weakref.ref(kept), kept_bytes=num_bytes)
-
-    def _offer_entry(self, entry: Entry, layout: Layout, record: StorageRecord) -> None:
-        """Let later saves be tables by this one, which stays a reference: a payload by it leads to no
-        other.
-        """
-        if not self._codecs or not isinstance(entry.content, Reference):
-            return
-        living = weakref.ref(entry)
-
-        def find() -> Handle | None:
-            entry = living()
-            return Handle(entry, layout=layout) if entry is not None else None
-
-        self._lists.tensors.add(lay(layout, entry.content.source), find=find, kept_bytes=record.num_bytes)
 
     def _charge(self, alias: Tensor, record: StorageRecord) -> Charge:
         if self._dedupe:
@@ -201,7 +189,8 @@ class Settler:
             entry.line.reading.learn(won=won)
             own_bytes = self._ledger.charged_bytes - charged_bytes
             pending.row.count(stage, kept_bytes=own_bytes if won else pending.new_bytes)
-        self._offer_entry(entry, pending.layout, pending.record)
+        if self._codecs:
+            self._offers.offer_entry(entry, pending.layout, num_bytes=pending.record.num_bytes)
         self.sharer.add(entry, layout=pending.layout, record=pending.record, row=pending.row, stage=stage)
 
     def _place(self, entry: Entry, layout: Layout, record: StorageRecord) -> str:

@@ -16,7 +16,7 @@ from offload.errors import StaleTensorError
 from offload.stats import Ledger
 
 _NUM_PATTERNS = 1 << 16
-_CHUNK_ITEMS = 1 << 16
+_CHUNK_ITEMS = 1 << 17
 
 
 class Keeper(Protocol):
@@ -121,14 +121,15 @@ def _unsigned(flat: Tensor) -> Tensor:
 
 
 def _first_places(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the patterns that occur in `flat`, int16 `[N]`, as int16 `[R]`, and a place of each, int32
-    `[R]`.
+    """Return the patterns that occur in `flat`, int16 `[N]`, as int16 `[R]`, and the first place of each,
+    int32 `[R]`.
     """
-    place = torch.full((_NUM_PATTERNS,), -1, dtype=torch.int32, device=flat.device)
+    nowhere = len(flat)
+    place = torch.full((_NUM_PATTERNS,), nowhere, dtype=torch.int32, device=flat.device)
     for start in range(0, len(flat), _CHUNK_ITEMS):
         numbers = _unsigned(flat[start : start + _CHUNK_ITEMS])
-        new = (place.index_select(0, numbers) < 0).nonzero().squeeze(1)
+        new = (place.index_select(0, numbers) == nowhere).nonzero().squeeze(1)
         if new.numel():
-            place[numbers[new].long()] = (new + start).to(torch.int32)
-    patterns = (place >= 0).nonzero().squeeze(1)
+            place.scatter_reduce_(0, numbers[new].long(), (new + start).to(torch.int32), "amin")
+    patterns = (place != nowhere).nonzero().squeeze(1)
     return patterns.to(torch.int32).to(torch.uint16).view(torch.int16), place[patterns]
