@@ -38,7 +38,9 @@ class Reading(NamedTuple):
 
     def flat(self, keeper: Keeper) -> Tensor:
         """Return the elements, int16 `[N]`, a view where they lie in that order; raises StaleTensorError."""
-        return self._opened(keeper).permute(self.order).reshape(-1).view(torch.int16)
+        flat = self._opened(keeper).permute(self.order).reshape(-1).view(torch.int16)
+        # One value expanded is still a view, of stride 0.
+        return flat if flat.stride() == (1,) else flat.clone(memory_format=torch.contiguous_format)
 
     def at(self, keeper: Keeper, places: Tensor) -> Tensor:
         """Return those at `places`, int64 `[S]`, as int16 `[S]`; raises StaleTensorError."""
