@@ -84,6 +84,11 @@ class Encoded(Content):
         return lay_bytes(layout, self._payload.decode(), start=self._start)
 
     @property
+    def is_fresh(self) -> bool:
+        """Whether the payload can be decoded."""
+        return self._payload.is_fresh
+
+    @property
     def parts(self) -> Sequence[Part]:
         """The tensors of the payload."""
         return self._payload.parts
@@ -145,7 +150,7 @@ class Kept:
     Owns the alias, so the storage lives, and a share of the storage's charge.
     """
 
-    __slots__ = ("_alias", "_charge", "_num_bytes", "_version")
+    __slots__ = ("__weakref__", "_alias", "_charge", "_num_bytes", "_version")
 
     def __init__(self, alias: Tensor, *, num_bytes: int = 0, charge: Charge | None = None) -> None:
         self._alias = alias

@@ -19,6 +19,11 @@ class Patience:
         self._num_lost = 0
         self._num_skipped = 0
 
+    @property
+    def is_hopeful(self) -> bool:
+        """Whether it did not yet win nothing eight times in a row."""
+        return self._num_lost < _NUM_LOST
+
     def is_worth_trying(self) -> bool:
         """Return whether to try the save that comes now."""
         excess = self._num_lost - _NUM_LOST

@@ -36,7 +36,7 @@ def kind_of(tensor: Tensor) -> Kind:
         return Kind.PARAMETER
     if type(tensor) is not Tensor and isinstance(tensor, nn.Parameter):
         return Kind.PARAMETER
-    if _has_plain_storage(tensor):
+    if has_plain_storage(tensor):
         return Kind.PLAIN
     return Kind.DISTRIBUTED if is_distributed(tensor) else Kind.OPAQUE
 
@@ -50,7 +50,8 @@ def is_window(layout: Layout, *, storage_bytes: int) -> bool:
     return layout.span_bytes() * _WINDOW_FRACTION < storage_bytes
 
 
-def _has_plain_storage(tensor: Tensor) -> bool:
+def has_plain_storage(tensor: Tensor) -> bool:
+    """Return whether the bytes of `tensor` can be read as they lie."""
     if type(tensor) is not Tensor or tensor.layout is not torch.strided:
         return False
     if tensor.is_quantized or tensor.is_nested or tensor.is_inference():

@@ -24,6 +24,7 @@ from offload.dedupe import ContentIndex, StorageIndex, StorageRecord
 from offload.digest import digest_of
 from offload.handle import Content, Encoded, Entry, Handle, Kept, Reference
 from offload.layout import Layout, block_of, lift
+from offload.offers import Offers
 from offload.patience import Line
 from offload.select import is_window
 from offload.sharding.base import Sharding
@@ -66,12 +67,14 @@ class Settler:
         self._storages = StorageIndex(ledger)
         self._contents = ContentIndex()
         self._lists = IndexLists(ledger)
+        self._offers = Offers(self._lists.tensors)
         self.sharer = Sharer(sharding, ledger=ledger)
         self._queue = _Queue()
 
     def begin_step(self) -> None:
         """Start counting storages and the peak anew, and look which ranks there are."""
         self._storages.begin_step()
+        self._lists.tensors.begin_step()
         self.sharer.begin_step()
         self._ledger.reset_peak()
 
@@ -98,6 +101,8 @@ class Settler:
                 return Handle(known, layout=layout, saver=known.content.add(source)), storage_bytes
             known.follows = True
         follows = known is not None and known.follows
+        if self._codecs and line.encoding.is_hopeful:
+            self._offers.offer_parameters(tensor)
         charged_bytes = self._ledger.charged_bytes
         reference = Reference(source, num_bytes=record.num_bytes, charge=self._charge(source, record))
         entry = Entry(reference, line=line, digest=digest, follows=follows)
@@ -108,6 +113,15 @@ class Settler:
         self._queue.pending.append(pending)
         self._queue.num_bytes += record.num_bytes
         return Handle(entry, layout=layout), storage_bytes
+
+    def keep(self, tensor: Tensor) -> Kept:
+        """Return the handle of a parameter, or of what has no plain storage: no stage touches it, but others
+        may be tables by it.
+        """
+        kept = Kept(tensor.detach())
+        if self._codecs:
+            self._offers.offer_kept(kept, num_bytes=0)
+        return kept
 
     def settle_returned(self) -> None:
         """Settle a batch of what this thread saved under an earlier node than the one being built.
@@ -152,6 +166,8 @@ class Settler:
         charged_bytes = self._ledger.charged_bytes
         kept = Kept(alias, num_bytes=record.num_bytes, charge=self._charge(alias, record))
         row.count("reference", kept_bytes=self._ledger.charged_bytes - charged_bytes)
+        if self._codecs:
+            self._offers.offer_kept(kept, num_bytes=record.num_bytes)
         return kept
 
     def _charge(self, alias: Tensor, record: StorageRecord) -> Charge:
@@ -173,6 +189,8 @@ class Settler:
             entry.line.reading.learn(won=won)
             own_bytes = self._ledger.charged_bytes - charged_bytes
             pending.row.count(stage, kept_bytes=own_bytes if won else pending.new_bytes)
+        if self._codecs:
+            self._offers.offer_entry(entry, pending.layout, num_bytes=pending.record.num_bytes)
         self.sharer.add(entry, layout=pending.layout, record=pending.record, row=pending.row, stage=stage)
 
     def _place(self, entry: Entry, layout: Layout, record: StorageRecord) -> str:
@@ -216,8 +234,10 @@ class Settler:
         known = self._contents.find(digest, source)
         if known is not None:
             known.line.reading.learn(won=True)  # a line that finds nothing is worth reading to be found
+        if known is not None and isinstance(known.content, Encoded):
+            return known.content if known.content.is_fresh else None
         if known is None or not isinstance(known.content, Reference):
-            return known.content if known is not None else None
+            return None
         theirs = known.content.source
         if known.follows or known.content.is_stale:
             return None

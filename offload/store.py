@@ -160,7 +160,7 @@ class SavedTensorStore:
             if kind is not Kind.PLAIN:
                 row, _ = self._row_and_line(tensor, is_dense=False)
                 row.count(kind.value)
-                return Kept(tensor.detach())
+                return self._settler.keep(tensor)
             row, line = self._row_and_line(tensor, is_dense=tensor.is_contiguous())
             row.saved_bytes += tensor.nbytes
             handle, new_storage_bytes = self._settler.admit(tensor, row=row, line=line)

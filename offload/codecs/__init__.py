@@ -5,6 +5,7 @@ from offload.codecs.bits import Bits
 from offload.codecs.cast import Cast
 from offload.codecs.keyed import Keyed
 from offload.codecs.rows import Rows
+from offload.codecs.tensor_keyed import TensorKeyed
 
-DEFAULT_CODECS: tuple[Codec, ...] = (Keyed(), Cast(), Bits(), Rows())
+DEFAULT_CODECS: tuple[Codec, ...] = (TensorKeyed(), Keyed(), Cast(), Bits(), Rows())
 """In the order of their cost in time."""

@@ -93,10 +93,15 @@ class Payload(ABC):
         """
         return ()
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether all is there that `decode` needs; False once something that it does not own was changed."""
+        return True
+
     @abstractmethod
     def decode(self) -> Tensor:
         """Return the block's bytes, uint8 `[num_bytes]`, in a storage of their own; any number of times (Law
-        3).
+        3). Raises StaleTensorError unless `is_fresh`.
         """
 
 

@@ -6,6 +6,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from offload.codecs.candidates import Candidates
 from offload.codecs.packing import bits_for, pack, packed_bytes, unpack, unpack_at
 from offload.part import Part
 from offload.stats import Ledger
@@ -66,10 +67,13 @@ class IndexList:
 
 
 class IndexLists:
-    """The living index lists of a store, found by content or by length. Holds them weakly."""
+    """The living index lists of a store, found by content or by length, and in `tensors` those that are saved
+    tensors themselves. Holds all weakly.
+    """
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
+        self.tensors = Candidates(ledger)
         self._by_content: weakref.WeakValueDictionary[tuple[bytes, int, int, torch.device], IndexList] = (
             weakref.WeakValueDictionary()
         )

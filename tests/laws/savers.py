@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.laws.graphs import Product
 
@@ -92,6 +92,36 @@ def own_function(values: Tensor, *, alone: bool) -> Saved:
     return Saved(Product.apply(weight, factor), weight, target)
 
 
+class KeyAndMap(torch.autograd.Function):
+    """Saves a tensor and what was computed from it, element by element; backward reads both."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, weight: Tensor, key: Tensor, mapped: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(key, mapped)
+        return weight * mapped
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        _, mapped = ctx.saved_tensors
+        return gradient * mapped, None, None
+
+
+def map_of(key: Tensor, *, alone: bool) -> Saved:
+    mapped = key.detach().float().exp()
+    weight = ones(mapped)
+    return Saved(KeyAndMap.apply(weight, handed(key, alone=alone), mapped), weight, key)
+
+
+def map_of_tensor(values: Tensor, *, alone: bool) -> Saved:
+    return map_of(values.half(), alone=alone)
+
+
+def map_of_parameter(values: Tensor, *, alone: bool) -> Saved:
+    return map_of(nn.Parameter(values.half()), alone=alone)
+
+
 SAVERS: Mapping[str, Callable[..., Saved]] = {
     "product": product,
     "matrix": matrix,
@@ -104,4 +134,6 @@ SAVERS: Mapping[str, Callable[..., Saved]] = {
     "softmax": result(lambda x: x.softmax(-1)),
     "relu": result(torch.relu),
     "own function": own_function,
+    "map of a tensor": map_of_tensor,
+    "map of a parameter": map_of_parameter,
 }

@@ -133,4 +133,4 @@ def test_the_default_codecs_win_somewhere() -> None:
         assert store.stats.num_by_stage == {codec: 1}
         assert store.stats.held_bytes <= x.nbytes * 9 // 16
         del kept
-    assert {codec.name for codec in DEFAULT_CODECS} == {"bits", "cast", "rows", "keyed"}
+    assert {codec.name for codec in DEFAULT_CODECS} == {"bits", "cast", "rows", "keyed", "tensor-keyed"}

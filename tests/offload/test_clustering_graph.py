@@ -1,15 +1,13 @@
-"""The reference graph of train-time clustering, small: its maps are tables over one index list."""
+"""The reference graph of train-time clustering, small: its maps are tables by the weight itself."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from offload import SavedTensorStore
-from offload.codecs.packing import packed_bytes
 from tests.laws.settings import STORES, bits, plain
 
 NUM_ROWS, NUM_CENTROIDS = 128 * 128, 8
-WEIGHT_BYTES = NUM_ROWS * 2
 MAP_BYTES = NUM_ROWS * NUM_CENTROIDS * 2
 
 
@@ -43,20 +41,17 @@ def test_gradients_are_those_of_plain_autograd(name: str) -> None:
     assert store.stats.held_bytes == 0
 
 
-def test_the_maps_share_one_list() -> None:
+def test_the_maps_are_tables_by_the_weight() -> None:
+    """No index list: the weight, which is alive anyway, is the list of all its maps."""
     store = SavedTensorStore(uniquify=True)
     weight, centroids = inputs()
     with store:
         clustered = cluster(weight, centroids)
     stats = store.stats
     num_values = len(weight.detach().view(torch.int16).unique())
-    list_bytes = packed_bytes(NUM_ROWS, (num_values - 1).bit_length())
-    num_encoded = sum(stats.num_by_stage.get(stage, 0) for stage in ("rows", "keyed", "bits"))
-    assert stats.num_by_stage.get("keyed", 0) >= 2, stats.num_by_stage
-    assert num_encoded >= 3
-    # One list, and for each map a table of at most a row for each distinct weight.
-    table_bytes = num_values * (NUM_CENTROIDS * 2 + 4)
-    assert stats.held_bytes <= list_bytes + num_encoded * table_bytes + WEIGHT_BYTES
+    assert stats.num_by_stage.get("tensor-keyed", 0) == 3, stats.num_by_stage
+    table_bytes = num_values * NUM_CENTROIDS * 2
+    assert stats.held_bytes <= 3 * table_bytes + num_values * 6 + 5 * centroids.nbytes
     assert stats.storage_bytes >= 3 * MAP_BYTES
     del clustered
     assert store.stats.held_bytes == 0

@@ -3,9 +3,11 @@
 import importlib
 import inspect
 import pkgutil
+from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 
 import offload.codecs
 from offload.codecs import DEFAULT_CODECS
@@ -16,7 +18,11 @@ from offload.codecs.index_list import IndexLists
 from offload.codecs.keyed import Keyed
 from offload.codecs.raw import Raw, RawPayload
 from offload.codecs.rows import Rows
-from offload.testing import CodecLaws, Forced
+from offload.codecs.tensor_keyed import TensorKeyed
+from offload.handle import Kept
+from offload.layout import block_of, lift
+from offload.stats import Ledger
+from offload.testing import CodecLaws, Forced, awkward_tensors
 
 
 class TestRaw(CodecLaws):
@@ -44,6 +50,36 @@ class TestKeyed(CodecLaws):
         return Keyed()
 
 
+class TestTensorKeyed(CodecLaws):
+    """With a key at hand for each block: the numbers of its rows, or of its scalars, as 16-bit patterns."""
+
+    def codec(self) -> Codec:
+        return TensorKeyed()
+
+    def _encode(self, tensor: Tensor, *, limit_bytes: int) -> tuple[Block, Payload | None, Ledger]:
+        layout, source = lift(tensor.clone())
+        block, _ = block_of(source, layout, whole_storage=True)
+        ledger = Ledger()
+        lists = IndexLists(ledger)
+        for width in (block.row_bytes, block.item_bytes):
+            key = key_of(block.lanes(width))
+            if key is not None:
+                lists.tensors.add(key, find=partial(Kept, key), kept_bytes=0)
+        return block, self.codec().encode(block, limit_bytes=limit_bytes, lists=lists), ledger
+
+    def test_it_encodes_what_has_a_key(self) -> None:
+        encoded = [self._encode(tensor, limit_bytes=1 << 62)[1] is not None for tensor in awkward_tensors()]
+        assert sum(encoded) >= len(encoded) // 2
+
+
+def key_of(lanes: Tensor | None) -> Tensor | None:
+    """Return the number of each row among the distinct ones, as a 16-bit pattern."""
+    if lanes is None:
+        return None
+    numbers = lanes.unique(dim=0, return_inverse=True)[1]
+    return numbers.to(torch.int16).view(torch.bfloat16)
+
+
 class TestForcedBits(CodecLaws):
     """The wrapper keeps every law but the seventh, which it is made to break."""
 
@@ -58,8 +94,6 @@ class TestForcedBits(CodecLaws):
 
 
 def _no_lists() -> IndexLists:
-    from offload.stats import Ledger
-
     return IndexLists(Ledger())
 
 
@@ -68,7 +102,8 @@ def test_no_codec_is_left_out() -> None:
     for module in pkgutil.iter_modules(offload.codecs.__path__, "offload.codecs."):
         members = inspect.getmembers(importlib.import_module(module.name), inspect.isclass)
         found |= {each for _, each in members if issubclass(each, Codec) and not inspect.isabstract(each)}
-    tested = {type(laws().codec()) for laws in (TestRaw, TestBits, TestNarrow, TestRows, TestKeyed)}
+    classes = (TestRaw, TestBits, TestNarrow, TestRows, TestKeyed, TestTensorKeyed)
+    tested = {type(laws().codec()) for laws in classes}
     assert found == tested
     assert {type(codec) for codec in DEFAULT_CODECS} == tested - {Raw}
     assert len({codec.name for codec in DEFAULT_CODECS}) == len(DEFAULT_CODECS)
