@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-# A rank serialises its part of a file in memory, twice, before it writes it.
+# What a rank holds of a file it copies into memory before it writes it.
 _FILE_BYTES = 256 * 2**20
 
 

@@ -111,6 +111,18 @@ def test_a_mark_without_its_checkpoint_is_told(tmp_path: Path) -> None:
         checkpoints(tmp_path).load(STATE)
 
 
+def test_a_second_signal_while_writing_is_no_failed_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints(tmp_path).save(STATE, step=1)
+    assert checkpoints(tmp_path).load(STATE) is None
+
+
 def test_a_checkpoint_of_an_earlier_version_is_told(tmp_path: Path) -> None:
     path = checkpoints(tmp_path).save(STATE, step=1)
     (path / "state.json").rename(path / "state.pt")
@@ -135,7 +147,7 @@ def test_no_pickle_is_written(tmp_path: Path) -> None:
 
 
 def test_a_large_state_is_written_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As much of it as goes into one is in memory twice."""
+    """What goes into one is copied in memory before."""
     monkeypatch.setattr("integrations.tensor_files._FILE_BYTES", 1000)
     state = {f"weight {index}": torch.full((100,), float(index)) for index in range(6)}
     path = checkpoints(tmp_path).save(state, step=1)
