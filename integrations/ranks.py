@@ -89,19 +89,29 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     try:
         yield Ranks()
+    except CommandError as error:
+        _let_go(error)
+        raise
     except RuntimeError as error:
         if not _is_about_ranks(error):
             raise
         said = re.sub(r"^\[\S*\] ", "", " ".join(str(error).split())).partition(". ")[0]
-        # A group that a broken step still holds at the interpreter's end aborts the process.
-        traceback.clear_frames(error.__traceback__)
-        gc.collect()
+        _let_go(error)
         raise CommandError(
             f"another rank stopped, or cannot be reached any more, while this one waited for it ({said}): "
             "see what that one said, then start all ranks again with --resume"
         ) from None
     finally:
         dist.destroy_process_group()
+
+
+def _let_go(error: BaseException) -> None:
+    # A group that what broke off still holds at the interpreter's end aborts the process.
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
+    gc.collect()
 
 
 def _is_about_ranks(error: RuntimeError) -> bool:

@@ -82,7 +82,8 @@ def kill_last(rank: int, directory: Path) -> None:
         os.fsync = lambda _file: os.kill(os.getpid(), signal.SIGKILL)
     with pytest.raises(RuntimeError, match="gloo"):
         checkpoints(directory).save(sharded(tensors(3), Shard(0)), step=3)
-    dist.destroy_process_group()
+    # At the interpreter's end a thread of the broken group may abort.
+    os._exit(0)
 
 
 def test_what_ranks_wrote_together_is_read_over_other_shards_and_by_one(tmp_path: Path) -> None:
