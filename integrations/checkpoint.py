@@ -1,46 +1,50 @@
-"""Checkpoints on disk: complete or not there, the last one marked, read back without pickle's code."""
+"""Checkpoints on disk: complete or not there, the last one marked, read back by any number of ranks."""
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
-import random
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
+from safetensors import SafetensorError
 
 from integrations.errors import CommandError
+from integrations.random_state import random_state, restore_random_state
+from integrations.ranks import Ranks
+from integrations.tensor_files import TensorFiles, write_tensors
 
 _LAST = "last.json"
 _SETTINGS = "settings.json"
-_STATE = "state.pt"
+_STATE = "state.json"
 _PARTIAL = ".partial-"
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one directory.
+    """The checkpoints of one run, in one directory; every rank makes the same calls.
 
     Arguments:
-        directory: made with the first checkpoint.
+        directory: made with the first checkpoint, and seen by all ranks.
         settings: what the run was asked for, by option; a run with others cannot resume.
         num_kept: how many of the latest stay.
+        ranks: who writes and reads.
     """
 
-    def __init__(self, directory: Path, *, settings: Mapping[str, Any], num_kept: int) -> None:
+    def __init__(self, directory: Path, *, settings: Mapping[str, Any], num_kept: int, ranks: Ranks) -> None:
         self.directory = directory
         self._settings = dict(settings)
         self._num_kept = num_kept
+        self._ranks = ranks
 
     def save(self, state: Mapping[str, Any], *, step: int) -> Path:
         """Write a checkpoint, mark it as the last, and remove those beyond the number kept.
 
         Arguments:
-            state: nested dicts and lists of tensors, numbers and strings; the random states are added.
+            state: tensors, of which each rank writes what it holds, and what JSON takes, which is written as
+                the first rank has it; the random states of all ranks are added.
             step: how many steps are done.
 
         Returns:
@@ -51,41 +55,93 @@ class Checkpoints:
         """
         final = self.directory / f"step-{step:08d}"
         partial = self.directory / f"{_PARTIAL}{final.name}"
+        failure: OSError | None = None
         try:
-            if not final.exists():
-                shutil.rmtree(partial, ignore_errors=True)
-                self._write({**state, "random": _random_state()}, partial)
-                partial.rename(final)
-            _write_synced(self.directory / f"{_PARTIAL}{_LAST}", {"checkpoint": final.name})
-            (self.directory / f"{_PARTIAL}{_LAST}").replace(self.directory / _LAST)
-        except (OSError, RuntimeError) as error:
+            if not self._ranks.largest(self._ranks.is_first and final.exists()):
+                self._write(state, partial, final=final)
+            if self._ranks.is_first:
+                self._mark(final)
+        except OSError as error:
+            failure = error
+        # All ranks wait here, and all of them fail: one that ended alone would take the others with it.
+        if self._ranks.largest(failure is not None):
             shutil.rmtree(partial, ignore_errors=True)
-            raise CommandError(
-                f"cannot write the checkpoint of step {step}: {_cause(error, final)}"
-            ) from error
-        self._prune(final)
+            cause = "another rank says why" if failure is None else _cause(failure, final)
+            raise CommandError(f"cannot write the checkpoint of step {step}: {cause}") from failure
         return final
 
-    def load(self) -> dict[str, Any] | None:
-        """The state of the last complete checkpoint, its random states put back; None where there is none.
+    def load(self, state: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Fill tensors in place from the last complete checkpoint, and put its random states back.
+
+        Arguments:
+            state: as `save` takes it; what of it is no tensor is not read.
+
+        Returns:
+            What was saved and is no tensor; None where there is no checkpoint.
 
         Raises:
-            CommandError: it was made with other settings, or is damaged.
+            CommandError: it was made with other settings or of another model, it is damaged, or the ranks do
+                not see the same one.
         """
-        if not (self.directory / _LAST).is_file():
+        last = self._last()
+        if last is None:
             return None
+        tensors = _tensors(state)
         try:
-            last = self.directory / json.loads((self.directory / _LAST).read_text())["checkpoint"]
-            saved = json.loads((last / _SETTINGS).read_text())
-            state: dict[str, Any] = torch.load(last / _STATE, map_location="cpu", weights_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            self._require_same(json.loads((last / _SETTINGS).read_text()), last)
+            saved = json.loads((last / _STATE).read_text())
+            _require_shapes(saved["shapes"], _shapes(tensors), last)
+            files = TensorFiles(last)
+            files.require_complete(tensors)
+            files.read(tensors)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise self._unreadable(error) from error
+        of_ranks, rank = saved["random"], self._ranks.rank
+        restore_random_state(of_ranks[rank if rank < len(of_ranks) else 0])
+        rest: dict[str, Any] = saved["rest"]
+        return rest
+
+    def _write(self, state: Mapping[str, Any], partial: Path, *, final: Path) -> None:
+        """Write all but the mark, every rank its part."""
+        random_states = self._ranks.gathered(random_state())
+        if self._ranks.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        # Nobody writes before what an earlier attempt left is gone.
+        self._ranks.wait()
+        tensors = _tensors(state)
+        write_tensors(tensors, partial)
+        if self._ranks.is_first:
+            rest = {name: value for name, value in state.items() if name not in tensors}
+            content = {"shapes": _shapes(tensors), "rest": rest, "random": random_states}
+            _write_synced(partial / _STATE, content)
+            _write_synced(partial / _SETTINGS, self._settings)
+            partial.rename(final)
+
+    def _mark(self, final: Path) -> None:
+        _write_synced(self.directory / f"{_PARTIAL}{_LAST}", {"checkpoint": final.name})
+        (self.directory / f"{_PARTIAL}{_LAST}").replace(self.directory / _LAST)
+        self._prune(final)
+
+    def _last(self) -> Path | None:
+        """The checkpoint that is marked as the last."""
+        name = ""
+        try:
+            if (self.directory / _LAST).is_file():
+                name = str(json.loads((self.directory / _LAST).read_text())["checkpoint"])
+        except (OSError, ValueError, KeyError) as error:
+            raise self._unreadable(error) from error
+        if any(seen != name for seen in self._ranks.gathered(name)):
             raise CommandError(
-                f"the last checkpoint in {self.directory} cannot be read ({error}): "
-                f"name an older one in its {_LAST}, or begin anew with another --output"
-            ) from error
-        self._require_same(saved, last)
-        _restore_random_state(state.pop("random"))
-        return state
+                f"the ranks see different checkpoints in {self.directory}: it must lie on a file system "
+                "that all of them share"
+            )
+        return self.directory / name if name else None
+
+    def _unreadable(self, error: Exception) -> CommandError:
+        return CommandError(
+            f"the last checkpoint in {self.directory} cannot be read ({error}): "
+            f"name an older one in its {_LAST}, or begin anew with another --output"
+        )
 
     def _require_same(self, saved: Mapping[str, Any], last: Path) -> None:
         for name, value in self._settings.items():
@@ -94,14 +150,6 @@ class Checkpoints:
                     f"cannot resume from {last}: it was made with {name} {saved.get(name)!r}, "
                     f"now {name} is {value!r}: give the same, or another --output"
                 )
-
-    def _write(self, state: Mapping[str, Any], partial: Path) -> None:
-        partial.mkdir(parents=True)
-        with (partial / _STATE).open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _write_synced(partial / _SETTINGS, self._settings)
 
     def _prune(self, latest: Path) -> None:
         complete = sorted(path for path in self.directory.glob("step-*") if path != latest)
@@ -112,34 +160,32 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    return {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
+
+
+def _require_shapes(saved: Mapping[str, str], now: Mapping[str, str], last: Path) -> None:
+    for name in sorted(saved.keys() | now.keys()):
+        if saved.get(name) != now.get(name):
+            raise CommandError(
+                f"the checkpoint {last} does not fit the model, which must have changed since: {name} was "
+                f"{saved.get(name, 'not there')}, now it is {now.get(name, 'not there')}; "
+                "name another --output"
+            )
+
+
 def _write_synced(path: Path, content: Mapping[str, Any]) -> None:
     # Without it a power failure could leave the mark pointing at bytes that never reached the disk.
     with path.open("w") as file:
-        json.dump(content, file, indent=1)
+        json.dump(content, file)
         file.flush()
         os.fsync(file.fileno())
 
 
 def _cause(error: Exception, path: Path) -> str:
-    # torch.save swallows the system's own words for a full disk, so say how full it is.
     free_mib = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free / 2**20
     return f"{' '.join(str(error).split())[:120]} ({free_mib:.1f} MiB are free under {path.parent})"
-
-
-def _random_state() -> dict[str, Any]:
-    name, keys, *rest = numpy.random.get_state(legacy=True)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": random.getstate(),
-        "numpy": [name, numpy.asarray(keys).tolist(), *rest],
-    }
-
-
-def _restore_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))

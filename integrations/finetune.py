@@ -169,25 +169,16 @@ def _train(
     training: Training, *, recipe: Recipe, destination: Destination, held_out: Sequence[Row]
 ) -> dict[str, Any]:
     checkpoints = Checkpoints(
-        destination.checkpoints, settings=recipe.settings(), num_kept=destination.checkpoints_kept
+        destination.checkpoints,
+        settings=recipe.settings(),
+        num_kept=destination.checkpoints_kept,
+        ranks=training.ranks,
     )
-    state = checkpoints.load() if destination.resume else None
-    num_done = 0 if state is None else int(state["num_done"])
-    if training.ranks.largest(num_done) != num_done or training.ranks.largest(-num_done) != -num_done:
-        raise CommandError(
-            f"the ranks see different checkpoints in {destination.checkpoints}: it must lie on a file system "
-            "that all of them share"
-        )
+    state = checkpoints.load(training.state_dict()) if destination.resume else None
     if state is None:
         notes = {"before": training.held_out_losses(held_out)}
     else:
-        try:
-            training.load_state_dict(state)
-        except (RuntimeError, KeyError, ValueError) as error:
-            raise CommandError(
-                f"the checkpoint in {destination.checkpoints} does not fit {recipe.model}, "
-                "which must have changed since: name another --output"
-            ) from error
+        training.load_state_dict(state)
         notes = state["notes"]
     train(
         training,

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from integrations.shards import spread
-
 _BETAS = (0.9, 0.95)
 
 
@@ -30,6 +28,7 @@ class MasterAdamW:
             [{**group, "params": self._masters(group["params"])} for group in groups], betas=_BETAS
         )
         self._peaks = [float(group["lr"]) for group in self._adamw.param_groups]
+        self._make_moments()
 
     def step(self, factor: float) -> None:
         """Move every parameter by its gradient, and let go of the gradients.
@@ -49,25 +48,30 @@ class MasterAdamW:
                 parameter.copy_(master)
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments, peaks and masters: tensors and numbers only."""
-        return {
-            "adamw": self._adamw.state_dict(),
-            "peaks": list(self._peaks),
-            "masters": [master for _, master in self._pairs],
+        """Moments and masters, which are this optimizer's own and may be filled in place, and the peaks."""
+        moments = {
+            f"{place}.{name}": value
+            for place, parameter in enumerate(self._parameters())
+            for name, value in self._adamw.state[parameter].items()
         }
+        masters = {f"master.{place}": master for place, (_, master) in enumerate(self._pairs)}
+        return {**moments, **masters, "peaks": list(self._peaks)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken, over the same parameters; whole tensors are spread like those."""
-        parameters = [each for group in self._adamw.param_groups for each in group["params"]]
-        moments = {
-            place: {name: spread(value, like=parameters[place]) for name, value in of_one.items()}
-            for place, of_one in state["adamw"]["state"].items()
-        }
-        self._adamw.load_state_dict({**state["adamw"], "state": moments})
+        """Go on where `state` was taken, over the same parameters; its tensors are in place already."""
         self._peaks = list(state["peaks"])
-        with torch.no_grad():
-            for (_, master), saved in zip(self._pairs, state["masters"], strict=True):
-                master.copy_(spread(saved, like=master))
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [each for group in self._adamw.param_groups for each in group["params"]]
+
+    def _make_moments(self) -> None:
+        # AdamW makes them at a parameter's first gradient; a checkpoint is read into them before that.
+        for parameter in self._parameters():
+            self._adamw.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+            }
 
     def _masters(self, parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
         return [self._master(parameter) for parameter in parameters]

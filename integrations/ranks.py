@@ -23,13 +23,13 @@ class Ranks:
 
     def __init__(self) -> None:
         joined = dist.is_available() and dist.is_initialized()
-        self._rank = dist.get_rank() if joined else 0
+        self.rank = dist.get_rank() if joined else 0
         self.num_ranks = dist.get_world_size() if joined else 1
 
     @property
     def is_first(self) -> bool:
         """Whether this rank writes and prints for all."""
-        return self._rank == 0
+        return self.rank == 0
 
     def share_of(self, batch: Sequence[_Item]) -> tuple[Sequence[_Item], float]:
         """This rank's rows of a batch that all ranks have drawn alike, and the weight of their loss.
@@ -37,7 +37,7 @@ class Ranks:
         A rank that a short batch leaves without rows takes one at weight 0: its gradients are zeros then, and
         not missing.
         """
-        share = batch[self._rank :: self.num_ranks]
+        share = batch[self.rank :: self.num_ranks]
         return (share, 1.0) if share else (batch[:1], 0.0)
 
     def sum(self, value: float) -> float:
@@ -55,6 +55,14 @@ class Ranks:
         largest = torch.tensor(value)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest)
+
+    def gathered(self, item: _Item) -> list[_Item]:
+        """What each rank has, in their order, on every rank; it travels pickled."""
+        if self.num_ranks == 1:
+            return [item]
+        items = [item] * self.num_ranks
+        dist.all_gather_object(items, item)
+        return items
 
     def wait(self) -> None:
         """Wait until every rank is here."""
@@ -81,19 +89,29 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     try:
         yield Ranks()
+    except CommandError as error:
+        _let_go(error)
+        raise
     except RuntimeError as error:
         if not _is_about_ranks(error):
             raise
         said = re.sub(r"^\[\S*\] ", "", " ".join(str(error).split())).partition(". ")[0]
-        # A group that a broken step still holds at the interpreter's end aborts the process.
-        traceback.clear_frames(error.__traceback__)
-        gc.collect()
+        _let_go(error)
         raise CommandError(
             f"another rank stopped, or cannot be reached any more, while this one waited for it ({said}): "
             "see what that one said, then start all ranks again with --resume"
         ) from None
     finally:
         dist.destroy_process_group()
+
+
+def _let_go(error: BaseException) -> None:
+    # A group that what broke off still holds at the interpreter's end aborts the process.
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
+    gc.collect()
 
 
 def _is_about_ranks(error: RuntimeError) -> bool:

@@ -21,7 +21,6 @@ from integrations.evaluate import held_out_loss
 from integrations.loss import num_targets, summed_loss
 from integrations.optimizer import MasterAdamW, cosine_factor
 from integrations.parallel import Parallel
-from integrations.shards import gathered, spread
 from offload import SavedTensorStore
 
 _MAX_NORM = 1.0
@@ -140,25 +139,21 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to go on to the same bits, on any number of ranks.
 
-        Every rank calls it; on all but the first it is empty.
+        Its tensors are the run's own, as far as this rank holds them; tied ones are in it once.
         """
-        state = {
+        tensors = {id(each): (name, each) for name, each in self._model.state_dict(keep_vars=True).items()}
+        return {
             "num_done": self.num_done,
-            "model": self._model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
             "sampler": self._sampler.state_dict(),
+            **{f"model.{name}": tensor.detach() for name, tensor in tensors.values()},
+            **{f"optimizer.{name}": value for name, value in self._optimizer.state_dict().items()},
         }
-        found: dict[str, Any] = gathered(state, keep=self.ranks.is_first)
-        return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state`, which every rank has read, was taken."""
-        now = self._model.state_dict()
-        saved = state["model"].items()
-        self._model.load_state_dict(
-            {name: spread(tensor, like=now.get(name, tensor)) for name, tensor in saved}
-        )
-        self._optimizer.load_state_dict(state["optimizer"])
+        """Go on where `state` was taken; its tensors are in their places already."""
+        # No more than to tell the modules that their tensors changed: some keep what they computed of them.
+        self._model.load_state_dict({}, strict=False)
+        self._optimizer.load_state_dict({"peaks": state["optimizer.peaks"]})
         self._sampler.load_state_dict(state["sampler"])
         self.num_done = state["num_done"]
 
@@ -195,7 +190,7 @@ def train(
     with _signals() as seen, _bar(num_steps, training.num_done, is_shown=ranks.is_first) as bar:
         while True:
             if signalled := ranks.largest(seen[0] if seen else 0):
-                _save(training, checkpoints, notes=notes)
+                checkpoints.save({**training.state_dict(), "notes": notes}, step=training.num_done)
                 raise InterruptedRunError(
                     f"interrupted after step {training.num_done} of {num_steps}, checkpoint in "
                     f"{checkpoints.directory}: the same command with --resume goes on",
@@ -213,15 +208,7 @@ def train(
             )
             bar.update()
             if interval and (training.num_done % interval == 0 or training.num_done == num_steps):
-                _save(training, checkpoints, notes=notes)
-
-
-def _save(training: Training, checkpoints: Checkpoints, *, notes: dict[str, Any]) -> None:
-    """Write a checkpoint on the first rank, with every rank's state; the others wait for it."""
-    state = training.state_dict()
-    if training.ranks.is_first:
-        checkpoints.save({**state, "notes": notes}, step=training.num_done)
-    training.ranks.wait()
+                checkpoints.save({**training.state_dict(), "notes": notes}, step=training.num_done)
 
 
 def _bar(num_steps: int, num_done: int, *, is_shown: bool) -> tqdm[NoReturn]:

@@ -17,6 +17,7 @@ from integrations.errors import CommandError, InterruptedRunError
 from integrations.evaluate import held_out_loss
 from integrations.finetune import _warn_of_gap, finetune
 from integrations.palettized import load_model
+from integrations.ranks import Ranks
 from integrations.recipe import Destination, Recipe
 from integrations.text import read_training_text
 from integrations.train import Training
@@ -119,7 +120,7 @@ def test_a_checkpoint_of_another_configuration_names_the_field(
     field: str, value: object, recipe: Recipe, tmp_path: Path
 ) -> None:
     checkpoint = tmp_path / "out" / "checkpoints"
-    Checkpoints(checkpoint, settings=recipe.settings(), num_kept=1).save({}, step=1)
+    Checkpoints(checkpoint, settings=recipe.settings(), num_kept=1, ranks=Ranks()).save({}, step=1)
     changed = replace(recipe, **{field: value})
     before = names(checkpoint)
     with pytest.raises(CommandError, match=f"it was made with {field} .*, now {field} is {value!r}"):

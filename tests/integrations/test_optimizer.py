@@ -1,6 +1,5 @@
 """No update is lost in a 16-bit weight, and AdamW is torch's own."""
 
-import io
 import itertools
 import math
 
@@ -70,10 +69,10 @@ def test_a_loaded_state_goes_on_to_the_same_bits(dtype: torch.dtype) -> None:
     for step, gradient in enumerate(gradients):
         if step == 3:
             weights[1].data.copy_(weights[0].data)
-            file = io.BytesIO()
-            torch.save(optimizers[0].state_dict(), file)
-            file.seek(0)
-            optimizers[1].load_state_dict(torch.load(file, weights_only=True))
+            state, now = (optimizer.state_dict() for optimizer in optimizers)
+            for name in state.keys() - {"peaks"}:
+                now[name].copy_(state[name])
+            optimizers[1].load_state_dict(state)
         for index in (0, 1) if step >= 3 else (0,):
             weights[index].grad = gradient.clone()
             optimizers[index].step(0.5)

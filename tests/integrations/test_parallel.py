@@ -18,6 +18,7 @@ from torch import nn
 
 from bench.ranks import run_ranks
 from edkm import DKMConfig, cluster
+from integrations.checkpoint import Checkpoints
 from integrations.corpus import Sampler
 from integrations.errors import InterruptedRunError
 from integrations.finetune import finetune
@@ -30,12 +31,13 @@ from tests.integrations.test_finetune import files, stop_at
 from tests.integrations.test_ranks import environment
 from tests.integrations.test_train import corpus
 
-NUM_STEPS = 10
+NUM_STEPS = 11
+NUM_SAVED_STEPS = 1
 LAYOUTS = ("ddp", "fsdp")
 
 
-def losses(model: str, *, dtype: str, layout: str) -> list[float]:
-    """Return the losses of a run whose batches leave some rank without rows, then those held out."""
+def training(model: str, *, dtype: str, layout: str) -> Training:
+    """Return a run whose batches leave some rank without rows."""
     weights = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     loaded = load_dense(model, dtype=weights)
     clustering = cluster(loaded, DKMConfig(bits=3, embedding_bits=6, num_steps=NUM_STEPS))
@@ -45,37 +47,61 @@ def losses(model: str, *, dtype: str, layout: str) -> list[float]:
         parallel = Sharded(loaded, ranks=Ranks(), dtype=compute)
     else:
         parallel = Replicated(loaded, ranks=Ranks(), autocast=dtype == "mixed")
-    training = Training(
+    return Training(
         loaded,
         clustering,
         sampler=Sampler(corpus(), batch_size=3, seed=0),
         schedule=Schedule(NUM_STEPS, learning_rate=0.01, num_accumulated=2),
         parallel=parallel,
     )
-    found = [training.step().loss for _ in range(NUM_STEPS)]
-    return [*found, *training.held_out_losses(corpus().cut(0.0)).values()]
+
+
+def losses(run: Training, *, checkpoints: Checkpoints | None = None) -> list[float]:
+    """Return the losses of the steps to come, then those held out; one of the steps leaves a checkpoint."""
+    found = []
+    while run.num_done < NUM_STEPS:
+        found.append(run.step().loss)
+        if checkpoints and run.num_done == NUM_SAVED_STEPS:
+            checkpoints.save(run.state_dict(), step=NUM_SAVED_STEPS)
+    return [*found, *run.held_out_losses(corpus().cut(0.0)).values()]
+
+
+def checkpoints_in(folder: Path, *run: str) -> Checkpoints:
+    return Checkpoints(folder / " ".join(run), settings={}, num_kept=1, ranks=Ranks())
 
 
 def write_losses(rank: int, model: str, folder: str, *dtypes: str) -> None:
-    runs = [(dtype, layout) for dtype in dtypes for layout in LAYOUTS]
-    found = {" ".join(run): losses(model, dtype=run[0], layout=run[1]) for run in runs}
+    found = {
+        f"{dtype} {layout}": losses(
+            training(model, dtype=dtype, layout=layout),
+            checkpoints=checkpoints_in(Path(folder), dtype, layout),
+        )
+        for dtype in dtypes
+        for layout in LAYOUTS
+    }
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
 
 
 @pytest.mark.parametrize(("num_ranks", "dtypes"), [(2, ("float32", "bfloat16", "mixed")), (4, ("float32",))])
-def test_losses_are_those_of_one_rank(
+def test_losses_are_those_of_one_rank_that_may_go_on(
     num_ranks: int, dtypes: tuple[str, ...], tiny_model: Path, tmp_path: Path
 ) -> None:
     run_ranks(f"{__name__}:write_losses", str(tiny_model), str(tmp_path), *dtypes, num_ranks=num_ranks)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(num_ranks)]
     assert all(rank == ranks[0] for rank in ranks)
     for dtype in dtypes:
-        alone = losses(str(tiny_model), dtype=dtype, layout="alone")
+        alone = losses(training(str(tiny_model), dtype=dtype, layout="alone"))
         while_training, held_out = (1e-5, 0.02) if dtype == "float32" else (0.05, 0.05)
         for layout in LAYOUTS:
             found = ranks[0][f"{dtype} {layout}"]
             assert found[:NUM_STEPS] == pytest.approx(alone[:NUM_STEPS], rel=while_training)
             assert found[NUM_STEPS:] == pytest.approx(alone[NUM_STEPS:], rel=held_out)
+            if dtype == "float32":
+                resumed = training(str(tiny_model), dtype=dtype, layout="alone")
+                state = checkpoints_in(tmp_path, dtype, layout).load(resumed.state_dict())
+                resumed.load_state_dict(state)
+                going_on = losses(resumed)[: NUM_STEPS - NUM_SAVED_STEPS]
+                assert going_on == pytest.approx(found[NUM_SAVED_STEPS:NUM_STEPS], rel=1e-5)
 
 
 class Forked(nn.Module):

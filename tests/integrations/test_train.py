@@ -42,7 +42,7 @@ def weights(model: nn.Module) -> Sequence[torch.Tensor]:
 
 
 def checkpoints(directory: Path) -> Checkpoints:
-    return Checkpoints(directory, settings={}, num_kept=2)
+    return Checkpoints(directory, settings={}, num_kept=2, ranks=Ranks())
 
 
 def test_accumulated_batches_are_one_large_batch(tiny_model: Path) -> None:
@@ -145,7 +145,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     assert signal.getsignal(number) is handler
 
     resumed, run = training(tiny_model)
-    state = checkpoints(tmp_path / "b").load()
+    state = checkpoints(tmp_path / "b").load(run.state_dict())
     assert state is not None
     run.load_state_dict(state)
     train(run, num_steps=NUM_STEPS, checkpoints=checkpoints(tmp_path / "b"), interval=0, notes={})
