@@ -21,6 +21,7 @@ from edkm import DKMConfig, cluster
 from integrations.corpus import Sampler
 from integrations.errors import InterruptedRunError
 from integrations.finetune import finetune
+from integrations.loss import Distillation
 from integrations.parallel import Replicated, Sharded
 from integrations.ranks import Ranks
 from integrations.recipe import Destination, Recipe
@@ -38,6 +39,7 @@ def losses(model: str, *, dtype: str, layout: str) -> list[float]:
     """Return the losses of a run whose batches leave some rank without rows, then those held out."""
     weights = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     loaded = load_dense(model, dtype=weights)
+    loss = Distillation(copy.deepcopy(loaded), fraction=0.5)
     clustering = cluster(loaded, DKMConfig(bits=3, embedding_bits=6, num_steps=NUM_STEPS))
     parallel: Replicated | Sharded
     if layout == "fsdp":
@@ -51,6 +53,7 @@ def losses(model: str, *, dtype: str, layout: str) -> list[float]:
         sampler=Sampler(corpus(), batch_size=3, seed=0),
         schedule=Schedule(NUM_STEPS, learning_rate=0.01, num_accumulated=2),
         parallel=parallel,
+        loss=loss,
     )
     found = [training.step().loss for _ in range(NUM_STEPS)]
     return [*found, *training.held_out_losses(corpus().cut(0.0)).values()]
