@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class StreamScore:
     perplexity: float
     bits_per_byte: float
     num_tokens: int
-    tokens_per_second: float
+    tokens_per_second: float = field(compare=False)
 
 
 def score_stream(model: nn.Module, text: str, *, tokenizer: Tokenizer, max_context: int) -> StreamScore:
@@ -120,8 +120,8 @@ def num_stored(model: nn.Module) -> tuple[int, int]:
     """
     palettes = {module for module in model.modules() if isinstance(module, Palette)}
     on_palettes = {id(tensor) for palette in palettes for tensor in palette.buffers()}
-    dense = {id(each): each for each in model.state_dict(keep_vars=True).values()}.values()
-    dense = [each for each in dense if id(each) not in on_palettes]
+    stored = {id(each): each for each in model.state_dict(keep_vars=True).values()}
+    dense = [each for key, each in stored.items() if key not in on_palettes]
     num_bytes = sum(each.nbytes for each in dense) + sum(palette.num_bytes for palette in palettes)
     return num_bytes, sum(each.numel() for each in dense) + sum(math.prod(p.shape) for p in palettes)
 

@@ -48,7 +48,10 @@ def test_finetune_prints_one_object(
     assert "loss " in shown.err
     assert main(["eval", "--model", str(output), "--text", str(text)]) == 0
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
-    assert printed.keys() == {"perplexity", "bits_per_byte", "num_tokens", "disk_bytes"}
+    assert printed.keys() == {
+        *("perplexity", "bits_per_byte", "num_tokens", "tokens_per_second"),
+        *("bits_per_weight", "disk_bytes"),
+    }
     assert int(printed["disk_bytes"]) == result["disk_bytes"]
 
 
