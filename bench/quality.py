@@ -77,7 +77,7 @@ def _row(name: str, comparison: Comparison, *, seconds: float | None) -> dict[st
         made = _RIVALS[name](Rival(recipe, seconds=seconds or 0.0))
     except LeftOutError as reason:
         return {"left_out": str(reason)}
-    score = measure_model(made.model, recipe.model, text)
+    score = measure_model(made.model, text, name=recipe.model)
     return {**score, "bits_per_weight": made.bits_per_weight or score["bits_per_weight"], **made.notes}
 
 

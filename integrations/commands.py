@@ -99,14 +99,6 @@ def _add_finetune(commands: Any) -> None:
         "--dense", action="store_true", help="train alike but without clustering: the control to compare with"
     )
     add(
-        "--distill",
-        type=_share,
-        default=Recipe.distill,
-        metavar="FRACTION",
-        help="of the loss that is the divergence from the dense model's predictions, 0 to 1: for text that "
-        "it knows; costs a second copy of it and its forward pass [%(default)s]",
-    )
-    add(
         "--steps",
         type=_positive,
         default=Recipe.steps,
@@ -132,6 +124,14 @@ def _add_finetune(commands: Any) -> None:
 
 def _add_run(parser: Any) -> None:
     add = parser.add_argument
+    add(
+        "--distill",
+        type=_share,
+        default=Recipe.distill,
+        metavar="FRACTION",
+        help="of the loss that is the divergence from the dense model's predictions, 0 to 1: for text that "
+        "it knows; costs a second copy of it and its forward pass [%(default)s]",
+    )
     add("--seed", type=_natural, default=Recipe.seed, help="of the order of the rows [%(default)s]")
     add(
         "--dtype",

@@ -87,17 +87,17 @@ def evaluate(name: str, text: Path) -> dict[str, Any]:
     Raises:
         CommandError: the model or the text cannot be read, or the text is shorter than one block.
     """
-    measured = measure_model(load_model(name), name, text)
+    measured = measure_model(load_model(name), text, name=name)
     return {**measured, "disk_bytes": disk_bytes(local_directory(name))}
 
 
-def measure_model(model: nn.Module, name: str, text: Path, /) -> dict[str, Any]:
+def measure_model(model: nn.Module, text: Path, *, name: str) -> dict[str, Any]:
     """Score a file under a model that is loaded already.
 
     Arguments:
         model: scored as it is.
-        name: model directory or hub name, of its tokenizer and context.
         text: plain text.
+        name: model directory or hub name, of its tokenizer and context.
 
     Returns:
         The fields of `StreamScore`, and `bits_per_weight` over the whole model.
