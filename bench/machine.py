@@ -28,12 +28,23 @@ def machine() -> dict[str, Any]:
 
 def keep(what: str, result: dict[str, Any]) -> Path:
     """Write a result as `results/<what>_<hardware>_<date>.json` and return the file."""
-    hardware = "gpu" if torch.cuda.is_available() else f"cpu{os.cpu_count()}"
-    path = RESULTS / f"{what}_{hardware}_{date.today():%Y%m%d}.json"
+    path = _path(what)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n")
     partial.replace(path)
     return path
+
+
+def kept(what: str) -> dict[str, Any]:
+    """Return what was kept under this name here today; nothing where nothing was."""
+    path = _path(what)
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def _path(what: str) -> Path:
+    hardware = "gpu" if torch.cuda.is_available() else f"cpu{os.cpu_count()}"
+    return RESULTS / f"{what}_{hardware}_{date.today():%Y%m%d}.json"
 
 
 def _cpu_name() -> str:

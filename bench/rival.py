@@ -1,7 +1,8 @@
-"""What a user would pick instead: one linear under Core ML Tools' `DKMPalettizer`, if that is installed."""
+"""What a user would pick instead: Core ML Tools' `DKMPalettizer`, if that is installed."""
 
 import importlib.util
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from bench.rounds import step_seconds
 from bench.saved import saved_bytes
+from edkm import Clustering
 
 MISSING = "coremltools is not installed: pip install coremltools==9.0"
 
@@ -55,3 +57,32 @@ def _palettized(weight: Tensor) -> nn.Module:
     prepared: nn.Module = palettizer.prepare(inplace=True)
     palettizer.step()
     return prepared.train()
+
+
+class PalettizerWeights(Clustering):
+    """A model under `DKMPalettizer`, trained at the rates that eDKM has.
+
+    Arguments:
+        model: dense; changed in place.
+        names: of the linears to palettize.
+        bits: of an index.
+    """
+
+    def __init__(self, model: nn.Module, *, names: Sequence[str], bits: int) -> None:
+        from coremltools.optimize.torch.palettization import DKMPalettizer, DKMPalettizerConfig
+
+        options = {"n_bits": bits, "milestone": 0, "weight_threshold": 0}
+        config = DKMPalettizerConfig.from_dict({"module_name_configs": dict.fromkeys(names, options)})
+        self._palettizer = DKMPalettizer(model, config)
+        self.model: nn.Module = self._palettizer.prepare(inplace=True)
+        self._palettizer.step()
+        super().__init__(self.model, {})
+
+    def step(self) -> None:
+        """Tell the palettizer's schedule that a step is done."""
+        self._palettizer.step()
+
+    def finalized(self) -> nn.Module:
+        """Return the model with its snapped weights, dense."""
+        finished: nn.Module = self._palettizer.finalize(inplace=True)
+        return finished.eval()

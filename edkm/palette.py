@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from edkm.chunks import chunks
@@ -79,7 +80,7 @@ class Palette(nn.Module):
         return weight.view(self.shape)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """Some rows of a weight `[out, in]`, without decoding the others.
+        """Some rows of a weight `[out, in]`; the others are decoded only when more are asked for than it has.
 
         Arguments:
             ids: integer, any shape; each from 0 to out - 1.
@@ -96,6 +97,8 @@ class Palette(nn.Module):
                 f"cannot look up rows {int(ids.min())} to {int(ids.max())} of {num_rows}: "
                 "the tokens do not fit the model"
             )
+        if ids.numel() > num_rows:
+            return F.embedding(ids, self.decode())  # cheaper than to look the same rows up again and again
         num_groups, num_centroids, length = self.table.shape
         columns = torch.arange(width // length, device=ids.device)
         ids = ids.long().unsqueeze(-1)

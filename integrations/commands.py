@@ -124,6 +124,14 @@ def _add_finetune(commands: Any) -> None:
 
 def _add_run(parser: Any) -> None:
     add = parser.add_argument
+    add(
+        "--distill",
+        type=_share,
+        default=Recipe.distill,
+        metavar="FRACTION",
+        help="of the loss that is the divergence from the dense model's predictions, 0 to 1: for text that "
+        "it knows; costs a second copy of it and its forward pass [%(default)s]",
+    )
     add("--seed", type=_natural, default=Recipe.seed, help="of the order of the rows [%(default)s]")
     add(
         "--dtype",
@@ -212,6 +220,16 @@ def _fraction(text: str) -> float:
         number = math.nan
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
+def _share(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return number
 
 

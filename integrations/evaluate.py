@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from edkm.palette import Palette
 from integrations.corpus import Row, StreamCorpus
 from integrations.directory import disk_bytes
 from integrations.errors import CommandError
@@ -32,11 +34,13 @@ class StreamScore:
         perplexity: exp of the mean loss of a token.
         bits_per_byte: bits to code a byte of the text.
         num_tokens: tokens scored.
+        tokens_per_second: how fast, tokenising left out.
     """
 
     perplexity: float
     bits_per_byte: float
     num_tokens: int
+    tokens_per_second: float = field(compare=False)
 
 
 def score_stream(model: nn.Module, text: str, *, tokenizer: Tokenizer, max_context: int) -> StreamScore:
@@ -59,11 +63,14 @@ def score_stream(model: nn.Module, text: str, *, tokenizer: Tokenizer, max_conte
             f"the text has {len(tokens)} tokens; one block of {context - 1} is the least to score"
         )
     blocks = StreamCorpus(tokens, bos=tokenizer.bos, context=context).cut(0.0)
+    began = time.perf_counter()
     loss = _loss_of_all(model, blocks)
+    seconds = time.perf_counter() - began
     return StreamScore(
         perplexity=math.exp(loss / len(tokens)),
         bits_per_byte=loss / math.log(2) / len(content.encode()),
         num_tokens=len(tokens),
+        tokens_per_second=round(len(tokens) / seconds, 1),
     )
 
 
@@ -75,18 +82,48 @@ def evaluate(name: str, text: Path) -> dict[str, Any]:
         text: plain text.
 
     Returns:
-        `perplexity`, `bits_per_byte`, `num_tokens` and `disk_bytes`, the size of the weight files.
+        What `measure_model` returns, and `disk_bytes`, the size of the weight files.
 
     Raises:
         CommandError: the model or the text cannot be read, or the text is shorter than one block.
     """
+    measured = measure_model(load_model(name), text, name=name)
+    return {**measured, "disk_bytes": disk_bytes(local_directory(name))}
+
+
+def measure_model(model: nn.Module, text: Path, *, name: str) -> dict[str, Any]:
+    """Score a file under a model that is loaded already.
+
+    Arguments:
+        model: scored as it is.
+        text: plain text.
+        name: model directory or hub name, of its tokenizer and context.
+
+    Returns:
+        The fields of `StreamScore`, and `bits_per_weight` over the whole model.
+
+    Raises:
+        CommandError: the text cannot be read, or is shorter than one block.
+    """
     content = read_utf8(text)
     if not content.strip():
         raise CommandError(f"{text} is empty: there is nothing to score")
-    tokenizer = load_tokenizer(name)
-    model = load_model(name)
-    score = score_stream(model, content, tokenizer=tokenizer, max_context=model_context(name))
-    return {**asdict(score), "disk_bytes": disk_bytes(local_directory(name))}
+    score = score_stream(model, content, tokenizer=load_tokenizer(name), max_context=model_context(name))
+    num_bytes, num_weights = num_stored(model)
+    return {**asdict(score), "bits_per_weight": 8 * num_bytes / num_weights}
+
+
+def num_stored(model: nn.Module) -> tuple[int, int]:
+    """Bytes of all that a model's files hold of it, tables included, and how many weights they stand for.
+
+    What modules share is counted once.
+    """
+    palettes = {module for module in model.modules() if isinstance(module, Palette)}
+    on_palettes = {id(tensor) for palette in palettes for tensor in palette.buffers()}
+    stored = {id(each): each for each in model.state_dict(keep_vars=True).values()}
+    dense = [each for key, each in stored.items() if key not in on_palettes]
+    num_bytes = sum(each.nbytes for each in dense) + sum(palette.num_bytes for palette in palettes)
+    return num_bytes, sum(each.numel() for each in dense) + sum(math.prod(p.shape) for p in palettes)
 
 
 def held_out_loss(model: nn.Module, rows: Sequence[Row]) -> float:

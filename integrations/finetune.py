@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,10 +15,11 @@ from transformers import PreTrainedModel
 
 from edkm import Clustering, DKMConfig, PaletteError, cluster, palettize
 from integrations.checkpoint import Checkpoints
-from integrations.corpus import Corpus, Row, Sampler
+from integrations.corpus import Row, Sampler
 from integrations.directory import disk_bytes, made_early, require_vacant
 from integrations.errors import CommandError, told_as_command_error
 from integrations.evaluate import held_out_loss
+from integrations.loss import Distillation, Loss, summed_loss
 from integrations.palettized import write_dense, write_palettized
 from integrations.parallel import Parallel, Replicated, Sharded
 from integrations.ranks import Ranks, joined_ranks
@@ -71,9 +73,16 @@ def _finetune(recipe: Recipe, *, destination: Destination, ranks: Ranks) -> dict
     corpus, held_out = reading.corpus.hold_out(_MAX_HELD_OUT_ROWS)
     model = _load(recipe)
     loss_dense = held_out_loss(model, held_out)
+    loss = _loss(model, recipe)
     weights = _weights(model, recipe)
-    parallel = _parallel(model, recipe, ranks=ranks)
-    training = _training(model, weights, corpus=corpus, recipe=recipe, parallel=parallel)
+    training = Training(
+        model,
+        weights,
+        sampler=Sampler(corpus, batch_size=recipe.batch_size, seed=recipe.seed),
+        schedule=Schedule(recipe.steps, recipe.learning_rate, num_accumulated=recipe.accumulate),
+        parallel=_parallel(model, recipe, ranks=ranks),
+        loss=loss,
+    )
     notes = _train(training, recipe=recipe, destination=destination, held_out=held_out)
     after = training.held_out_losses(held_out)
     num_dead = sum(weights.num_dead_centroids().values())
@@ -134,6 +143,11 @@ def _load(recipe: Recipe) -> PreTrainedModel:
     return model
 
 
+def _loss(model: nn.Module, recipe: Recipe) -> Loss:
+    # The teacher is the model as it came: copied before it is clustered, and before ranks part it.
+    return Distillation(copy.deepcopy(model), fraction=recipe.distill) if recipe.distill else summed_loss
+
+
 def _weights(model: nn.Module, recipe: Recipe) -> Weights:
     if recipe.dense:
         return Clustering(model, {})
@@ -146,18 +160,6 @@ def _parallel(model: nn.Module, recipe: Recipe, *, ranks: Ranks) -> Parallel:
     if recipe.parallel == "fsdp" and ranks.num_ranks > 1:
         return Sharded(model, ranks=ranks, dtype=torch.bfloat16 if is_mixed else None)
     return Replicated(model, ranks=ranks, autocast=is_mixed)
-
-
-def _training(
-    model: nn.Module, weights: Weights, *, corpus: Corpus, recipe: Recipe, parallel: Parallel
-) -> Training:
-    return Training(
-        model,
-        weights,
-        sampler=Sampler(corpus, batch_size=recipe.batch_size, seed=recipe.seed),
-        schedule=Schedule(recipe.steps, recipe.learning_rate, num_accumulated=recipe.accumulate),
-        parallel=parallel,
-    )
 
 
 def _config(recipe: Recipe) -> DKMConfig:

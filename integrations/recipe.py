@@ -23,6 +23,7 @@ class Recipe:
         bits: per weight of the decoder's linears.
         embedding_bits: per weight of embedding and output head; None leaves them dense.
         dense: train without clustering, as a control.
+        distill: fraction of the loss that is the divergence from what the dense model predicts.
         steps: optimizer steps.
         learning_rate: peak, as a fraction of each weight's rms a step.
         batch_size: rows a batch.
@@ -41,6 +42,7 @@ class Recipe:
     bits: int = 3
     embedding_bits: int | None = None
     dense: bool = False
+    distill: float = 0.0
     steps: int = 700
     learning_rate: float = 0.01
     batch_size: int = 8

@@ -18,7 +18,7 @@ from integrations.checkpoint import Checkpoints
 from integrations.corpus import Row, Sampler
 from integrations.errors import CommandError, InterruptedRunError
 from integrations.evaluate import held_out_loss
-from integrations.loss import num_targets, summed_loss
+from integrations.loss import Loss, num_targets, summed_loss
 from integrations.optimizer import MasterAdamW, cosine_factor
 from integrations.parallel import Parallel
 from offload import SavedTensorStore
@@ -88,12 +88,21 @@ class Training:
         sampler: where the batches come from.
         schedule: how long and how fast.
         parallel: the model on its ranks; every rank has the same sampler.
+        loss: what to make small.
     """
 
     def __init__(
-        self, model: nn.Module, weights: Weights, *, sampler: Sampler, schedule: Schedule, parallel: Parallel
+        self,
+        model: nn.Module,
+        weights: Weights,
+        *,
+        sampler: Sampler,
+        schedule: Schedule,
+        parallel: Parallel,
+        loss: Loss = summed_loss,
     ) -> None:
         self.ranks = parallel.ranks
+        self._loss = loss
         self._parallel = parallel
         self._model = model
         self._weights = weights
@@ -161,7 +170,7 @@ class Training:
         rows, weight = self.ranks.share_of(batch)
         with self._store as store:
             with self._parallel.computing():
-                loss = summed_loss(self._model, rows) * weight / num_tokens
+                loss = self._loss(self._model, rows) * weight / num_tokens
             self._parallel.backward(loss, is_last=is_last)
         stats = store.stats
         return StepRecord(float(loss.detach()), stats.saved_bytes, stats.peak_held_bytes)

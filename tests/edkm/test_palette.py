@@ -33,6 +33,8 @@ def test_each_vector_becomes_its_nearest_centroid(
     )
     ids = torch.tensor([[0, 8], [3, 3]])
     assert torch.equal(palette.rows(ids), decoded[ids])
+    more_than_it_has = torch.arange(30).view(2, 15) % decoded.shape[0]
+    assert torch.equal(palette.rows(more_than_it_has), decoded[more_than_it_has])
     assert torch.equal(Palette.snap(decoded, centroids).decode(), decoded)
 
 

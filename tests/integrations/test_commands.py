@@ -48,7 +48,10 @@ def test_finetune_prints_one_object(
     assert "loss " in shown.err
     assert main(["eval", "--model", str(output), "--text", str(text)]) == 0
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
-    assert printed.keys() == {"perplexity", "bits_per_byte", "num_tokens", "disk_bytes"}
+    assert printed.keys() == {
+        *("perplexity", "bits_per_byte", "num_tokens", "tokens_per_second"),
+        *("bits_per_weight", "disk_bytes"),
+    }
     assert int(printed["disk_bytes"]) == result["disk_bytes"]
 
 
@@ -86,6 +89,7 @@ def test_help_states_the_defaults(command: str, capsys: pytest.CaptureFixture[st
         (["finetune", "--seed", str(2**32)], "argument --seed: must be less than 4294967296"),
         (["finetune", "--bits", "three"], "argument --bits: invalid int value: 'three'"),
         (["finetune", "--context", "1"], "argument --context: must be at least 2"),
+        (["finetune", "--distill", "1.5"], "argument --distill: '1.5' is not a number from 0 to 1"),
         (["finetune", "--learning-rate", "nan"], "argument --learning-rate: 'nan' is not a number above 0"),
         (["export", "--model", "x", "--output", "y"], "the following arguments are required: --dense"),
     ],

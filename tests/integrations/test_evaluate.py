@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from edkm import DKMConfig, palettize
+from edkm.palette import Palette
 from integrations.commands import main
 from integrations.corpus import Row
 from integrations.errors import CommandError
-from integrations.evaluate import held_out_loss, score_stream
+from integrations.evaluate import held_out_loss, num_stored, score_stream
 from integrations.loss import num_targets, summed_loss
 from integrations.transformers import HubTokenizer, load_dense
 
@@ -72,8 +74,22 @@ def test_the_known_figure_of_a_real_model(shared_data: Path, capsys: pytest.Capt
     assert main(["eval", "--model", str(model), "--text", str(text), "--json"]) == 0
     [line] = capsys.readouterr().out.splitlines()
     result = json.loads(line)
-    assert result.keys() == {"perplexity", "bits_per_byte", "num_tokens", "disk_bytes"}
+    assert result.keys() == {
+        *("perplexity", "bits_per_byte", "num_tokens", "tokens_per_second"),
+        *("bits_per_weight", "disk_bytes"),
+    }
     assert round(result["perplexity"], 4) == 5.0008
     assert round(result["bits_per_byte"], 4) == 1.1337
     assert result["num_tokens"] == 193_790
     assert result["disk_bytes"] == (model / "model.safetensors").stat().st_size
+
+
+def test_stored_bytes_count_what_is_shared_once(tiny_model: Path) -> None:
+    dense = load_dense(str(tiny_model), dtype=torch.float32)
+    num_weights = sum(each.numel() for each in dense.parameters())  # the tied head is no second weight
+    assert num_stored(dense) == (4 * num_weights, num_weights)
+    packed = palettize(dense, DKMConfig(bits=3, embedding_bits=8))
+    palettes = {module for module in packed.modules() if isinstance(module, Palette)}
+    num_bytes = sum(palette.num_bytes for palette in palettes)
+    left = sum(each.nbytes for each in packed.parameters())
+    assert num_stored(packed) == (num_bytes + left, num_weights)

@@ -87,7 +87,7 @@ def test_the_dense_control_sees_the_same_batches(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_resuming_goes_on_to_the_same_bits(dtype: str, recipe: Recipe, tmp_path: Path) -> None:
-    recipe = replace(recipe, dtype=dtype, accumulate=2, batch_size=2)
+    recipe = replace(recipe, dtype=dtype, accumulate=2, batch_size=2, distill=0.5)
     unbroken = finetune(recipe, Destination(tmp_path / "a", checkpoint_interval=0))
     stop_at(2, recipe, Destination(tmp_path / "b", checkpoint_interval=0))
     assert names(tmp_path / "b") == ["checkpoints"]
@@ -114,7 +114,10 @@ def stop_at(step: int, recipe: Recipe, destination: Destination) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("bits", 4), ("steps", 5), ("learning_rate", 0.5), ("seed", 1), ("dense", True), ("context", 16)],
+    [
+        *(("bits", 4), ("steps", 5), ("learning_rate", 0.5), ("seed", 1), ("dense", True), ("context", 16)),
+        ("distill", 0.5),
+    ],
 )
 def test_a_checkpoint_of_another_configuration_names_the_field(
     field: str, value: object, recipe: Recipe, tmp_path: Path

@@ -22,6 +22,7 @@ from integrations.checkpoint import Checkpoints
 from integrations.corpus import Sampler
 from integrations.errors import InterruptedRunError
 from integrations.finetune import finetune
+from integrations.loss import Distillation
 from integrations.parallel import Replicated, Sharded
 from integrations.ranks import Ranks
 from integrations.recipe import Destination, Recipe
@@ -40,6 +41,7 @@ def training(model: str, *, dtype: str, layout: str) -> Training:
     """Return a run whose batches leave some rank without rows."""
     weights = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     loaded = load_dense(model, dtype=weights)
+    loss = Distillation(copy.deepcopy(loaded), fraction=0.5)
     clustering = cluster(loaded, DKMConfig(bits=3, embedding_bits=6, num_steps=NUM_STEPS))
     parallel: Replicated | Sharded
     if layout == "fsdp":
@@ -53,6 +55,7 @@ def training(model: str, *, dtype: str, layout: str) -> Training:
         sampler=Sampler(corpus(), batch_size=3, seed=0),
         schedule=Schedule(NUM_STEPS, learning_rate=0.01, num_accumulated=2),
         parallel=parallel,
+        loss=loss,
     )
 
 
