@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,12 +25,28 @@ _TABLE_DTYPES: Mapping[str | None, torch.dtype | None] = {
 }
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """What evaluation made of a weight: of which tensor and memory, in what state."""
+
+    weight: weakref.ref[torch.Tensor]
+    storage: weakref.ref[torch.UntypedStorage]
+    state: tuple[object, ...]
+    made: torch.Tensor
+
+    def is_of(self, weight: torch.Tensor, state: tuple[object, ...]) -> bool:
+        # Themselves: an address, or an `id`, is soon another's.
+        return self.weight() is weight and self.storage() is weight.untyped_storage() and self.state == state
+
+
 class ClusteredWeight(nn.Module):
     """A parametrization: a dense weight in, the weight that the model runs on out.
 
     Its state is the centroids and the count of steps; only `commit` and `load_state_dict` change it. In
-    evaluation the snapped weight is kept until the dense one's version or address changes, training goes on,
-    or the state changes.
+    evaluation the snapped weight is kept for one tensor, until its version or its memory is another, training goes
+    on, or the state changes. A write into its memory that PyTorch does not count (`weight.data.copy_`, a
+    fused optimizer) is not seen: call `model.eval()` after it. To hash the weight at each read would take more
+    than half the time of a token.
 
     Arguments:
         weight: the dense weight, `[out, in]`.
@@ -49,7 +67,7 @@ class ClusteredWeight(nn.Module):
         self.forced_soft: bool | None = None
         self.num_groups = weight.shape[0] // config.group_channels if config.group_channels else 1
         self._pending: torch.Tensor | None = None
-        self._kept: tuple[object, torch.Tensor] | None = None
+        self._kept: _Kept | None = None
         if trained_soft:
             self.register_buffer("centroids", self._k_means(weight))
             self.register_buffer("num_steps_done", torch.zeros((), dtype=torch.int64, device=weight.device))
@@ -112,12 +130,14 @@ class ClusteredWeight(nn.Module):
         return clustered
 
     def _keep(self, weight: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        key = (self.forced_soft, weight.data_ptr(), weight._version, weight.dtype, weight.device)
-        if self._kept is None or self._kept[0] != key:
+        state = (self.forced_soft, weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        kept = self._kept
+        if kept is None or not kept.is_of(weight, state):
             # Made in inference mode it could not be used outside of it.
             with torch.inference_mode(mode=False), torch.no_grad():
-                self._kept = (key, compute())
-        return self._kept[1]
+                storage = weakref.ref(weight.untyped_storage())
+                kept = self._kept = _Kept(weakref.ref(weight), storage, state, compute())
+        return kept.made
 
     def _k_means(self, weight: torch.Tensor) -> torch.Tensor:
         return starting_centroids(

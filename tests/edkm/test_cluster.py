@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from edkm import DKMConfig, PaletteError, cluster, dkm, palettize
@@ -151,6 +152,36 @@ def test_in_evaluation_the_snapped_weight_is_kept_until_the_weight_changes() -> 
     fourth = linear.weight
     clustering.step()
     assert linear.weight is not fourth
+
+
+def test_a_fresh_weight_at_the_address_of_the_last_one_is_another_weight() -> None:
+    linear = nn.Linear(64, 64, bias=False)
+    cluster(linear, DKMConfig(bits=2))
+    linear.eval()
+    first, last, x = torch.randn(64, 64), torch.randn(64, 64), torch.randn(2, 64)
+
+    def on_a_fresh_weight(share: float) -> torch.Tensor:
+        weight = torch.lerp(first, last, share)
+        return functional_call(linear, {"parametrizations.weight.original": weight}, (x,))
+
+    with torch.no_grad():
+        found = [on_a_fresh_weight(share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+        for share, each in zip((0.0, 0.25, 0.5, 0.75, 1.0), found, strict=True):
+            linear.eval()
+            assert torch.equal(each, on_a_fresh_weight(share))
+
+
+def test_other_memory_at_the_address_of_the_last_is_another_weight() -> None:
+    linear = nn.Linear(64, 64, bias=False)
+    cluster(linear, DKMConfig(bits=2))
+    linear.eval()
+    original = linear.parametrizations["weight"].original
+    found = []
+    for scale in (1.0, 2.0, 3.0, 4.0):
+        original.data = torch.empty(0)
+        original.data = torch.full((64, 64), scale)
+        found.append(linear.weight)
+    assert all(each is not other for each, other in zip(found, found[1:], strict=False))
 
 
 def test_what_is_kept_in_inference_mode_can_be_used_outside() -> None:
