@@ -43,15 +43,15 @@ def cluster(model: nn.Module, config: DKMConfig) -> Clustering:
         raise PaletteError("the model has no weight to cluster: the configuration leaves all of them dense")
     attached = {}
     for choice in choices:
-        weight = choice.weight
+        name = " = ".join(choice.names)
         parametrization = ClusteredWeight(
-            weight, bits=choice.bits, config=config, trained_soft=choice.trained_soft
+            choice.weight, bits=choice.bits, config=config, trained_soft=choice.trained_soft, name=name
         )
         for module in choice.modules:
             # Unsafe spares the check's three passes, nothing else: shape and dtype stay.
             register_parametrization(module, "weight", parametrization, unsafe=True)
             parametrization.train(model.training)
-        attached[" = ".join(choice.names)] = (parametrization, _steps(choice.modules[0]))
+        attached[name] = (parametrization, _steps(choice.modules[0]))
     guard_save_pretrained(model)
     return Clustering(model, attached)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from edkm.patterns import pattern_counts, pattern_values
-from edkm.shards import is_sharded, shard_of, summed, whole
+from edkm.shards import is_sharded, require_finite, shard_of, summed, whole
 
 _MAX_ROUNDS = 50
 _MAX_CELLS = 512
@@ -28,14 +28,18 @@ def starting_centroids(
     shards: those weights are gathered.
 
     Arguments:
-        weight: finite, floating point, its first dimension a multiple of `num_groups`.
+        weight: floating point, its first dimension a multiple of `num_groups`.
         num_centroids: K; fewer distinct weights than that leave centroids that repeat.
         vector_length: d.
         num_groups: G.
 
     Returns:
         `[G, K, d]` fp32 (float64 for a float64 weight), sorted for d = 1.
+
+    Raises:
+        PaletteError: a value is NaN or infinite.
     """
+    require_finite(weight, attempt=f"find centroids of a weight of shape {list(weight.shape)}")
     wide = torch.promote_types(weight.dtype, torch.float32)
     if is_sharded(weight) and weight.element_size() == 2 and vector_length == num_groups == 1:
         counts = summed(pattern_counts(shard_of(weight).flatten(), weight.dtype), over=weight)

@@ -6,13 +6,11 @@ from typing import cast
 
 from torch import nn
 
-from edkm.chunks import num_not_finite
 from edkm.cluster import cluster, clustered_weights, guard_save_pretrained
 from edkm.config import DKMConfig
 from edkm.errors import PaletteError
 from edkm.palette import Palette
 from edkm.palettized import PalettizedEmbedding, PalettizedLinear
-from edkm.shards import shard_of, summed
 
 
 def palettize(model: nn.Module, config: DKMConfig | None = None) -> nn.Module:
@@ -31,7 +29,7 @@ def palettize(model: nn.Module, config: DKMConfig | None = None) -> nn.Module:
 
     Raises:
         PaletteError: the model is not clustered and there is no `config`, or is and there is one; or what
-            `cluster` raises; or a weight became NaN or infinite in training.
+            `cluster` raises; or a weight has become NaN or infinite.
     """
     if config is not None:
         cluster(model, config)
@@ -39,10 +37,7 @@ def palettize(model: nn.Module, config: DKMConfig | None = None) -> nn.Module:
     if not clustered:
         raise PaletteError("the model is not clustered: cluster it first, or give palettize a DKMConfig")
     palettes: dict[int, Palette] = {}
-    for name, (parametrization, weight) in clustered.items():
-        num_bad = summed(num_not_finite(shard_of(weight)), over=weight)
-        if int(num_bad):
-            raise PaletteError(f"cannot palettize {name}: its weight became NaN or infinite in training")
+    for parametrization, weight in clustered.values():
         if id(weight) not in palettes:
             palettes[id(weight)] = parametrization.palette(weight)
     for name, (_, weight) in clustered.items():

@@ -16,7 +16,7 @@ from edkm.errors import PaletteError
 from edkm.fused import fused_through
 from edkm.init import starting_centroids
 from edkm.palette import Palette
-from edkm.shards import is_sharded, whole
+from edkm.shards import is_sharded, require_finite, whole
 
 _TABLE_DTYPES: Mapping[str | None, torch.dtype | None] = {
     None: None,
@@ -43,10 +43,10 @@ class ClusteredWeight(nn.Module):
     """A parametrization: a dense weight in, the weight that the model runs on out.
 
     Its state is the centroids and the count of steps; only `commit` and `load_state_dict` change it. In
-    evaluation the snapped weight is kept for one tensor, until its version or its memory is another, training goes
-    on, or the state changes. A write into its memory that PyTorch does not count (`weight.data.copy_`, a
-    fused optimizer) is not seen: call `model.eval()` after it. To hash the weight at each read would take more
-    than half the time of a token.
+    evaluation the snapped weight is kept for one tensor, until its version or its memory is another, training
+    goes on, or the state changes. A write that PyTorch does not count, such as `weight.data.copy_` or a fused
+    optimizer's, is not seen: call `model.eval()` after it. A hash of the weight at each read would see it, for
+    half of a token's time.
 
     Arguments:
         weight: the dense weight, `[out, in]`.
@@ -54,13 +54,17 @@ class ClusteredWeight(nn.Module):
         config: the rest.
         trained_soft: cluster it in training; otherwise it trains dense and is snapped by k-means in
             evaluation.
+        name: of the weight, for errors.
     """
 
     centroids: torch.Tensor
     num_steps_done: torch.Tensor
 
-    def __init__(self, weight: torch.Tensor, *, bits: int, config: DKMConfig, trained_soft: bool) -> None:
+    def __init__(
+        self, weight: torch.Tensor, *, bits: int, config: DKMConfig, trained_soft: bool, name: str
+    ) -> None:
         super().__init__()
+        self.name = name
         self.bits = bits
         self.config = config
         self.trained_soft = trained_soft
@@ -77,7 +81,7 @@ class ClusteredWeight(nn.Module):
 
         Raises:
             PaletteError: the weight is sharded, as FSDP has it outside of a forward pass: a gather here would
-                wait for ranks that may not read it.
+                wait for ranks that may not read it; or it is to be snapped and has become NaN or infinite.
         """
         if is_sharded(weight):
             raise PaletteError(
@@ -86,15 +90,22 @@ class ClusteredWeight(nn.Module):
             )
         soft = self.training if self.forced_soft is None else self.forced_soft
         if not soft:
-            return self._keep(weight, lambda: self.palette(weight).decode())
+            snapped: torch.Tensor = self._keep(weight, lambda: self.palette(weight).decode())
+            return snapped
         if not self.trained_soft:
             return weight
         if self.training or torch.is_grad_enabled():
             return self._cluster(weight)
-        return self._keep(weight, lambda: self._cluster(weight))
+        clustered: torch.Tensor = self._keep(weight, lambda: self._cluster(weight))
+        return clustered
 
     def palette(self, weight: torch.Tensor) -> Palette:
-        """The dense weight, snapped; where it is sharded, all ranks call this and get the same."""
+        """The dense weight, snapped; where it is sharded, all ranks call this and get the same.
+
+        Raises:
+            PaletteError: it is NaN or infinite somewhere, on any rank.
+        """
+        require_finite(weight, attempt=f"palettize {self.name}")
         centroids = self.centroids if self.trained_soft else self._k_means(weight)
         return Palette.snap(whole(weight), centroids)
 
@@ -129,6 +140,8 @@ class ClusteredWeight(nn.Module):
             self._pending = centroids.detach()
         return clustered
 
+    # What is kept, and of what, is no matter of a compiled graph.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _keep(self, weight: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         state = (self.forced_soft, weight.data_ptr(), weight._version, weight.dtype, weight.device)
         kept = self._kept

@@ -8,10 +8,9 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from edkm.chunks import num_not_finite
 from edkm.config import DKMConfig
 from edkm.errors import PaletteError
-from edkm.shards import is_sharded
+from edkm.shards import is_sharded, require_finite
 
 
 @dataclass(frozen=True)
@@ -134,8 +133,4 @@ def _require_clusterable(choice: Choice, config: DKMConfig) -> None:
             f"cannot cluster {name}: it is {weight.dtype} of shape {list(weight.shape)} on {weight.device}; "
             "a weight needs floating-point values"
         )
-    num_bad = int(num_not_finite(weight.detach()))
-    if num_bad:
-        raise PaletteError(
-            f"cannot cluster {name}: {num_bad} of its {weight.numel()} values are NaN or infinite"
-        )
+    require_finite(weight, attempt=f"cluster {name}")

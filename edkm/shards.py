@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from edkm.chunks import squared_sum
+from edkm.chunks import num_not_finite, squared_sum
+from edkm.errors import PaletteError
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -47,6 +48,17 @@ def summed(values: torch.Tensor, *, over: torch.Tensor) -> torch.Tensor:
     for group in _groups(over):
         dist.all_reduce(values, group=group)
     return values
+
+
+def require_finite(weight: torch.Tensor, *, attempt: str) -> None:
+    """Check a weight of any shape, on every rank alike.
+
+    Raises:
+        PaletteError: it is NaN or infinite somewhere, so that `attempt` fails.
+    """
+    num_bad = int(summed(num_not_finite(shard_of(weight)), over=weight))
+    if num_bad:
+        raise PaletteError(f"cannot {attempt}: {num_bad} of its {weight.numel()} values are NaN or infinite")
 
 
 @torch.no_grad()

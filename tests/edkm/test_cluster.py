@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 
 import pytest
 import torch
@@ -181,7 +182,21 @@ def test_other_memory_at_the_address_of_the_last_is_another_weight() -> None:
         original.data = torch.empty(0)
         original.data = torch.full((64, 64), scale)
         found.append(linear.weight)
-    assert all(each is not other for each, other in zip(found, found[1:], strict=False))
+    assert all(each is not other for each, other in itertools.pairwise(found))
+
+
+def test_a_compiled_model_evaluates_as_it_does_without() -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    clustering = cluster(model, DKMConfig(bits=3))
+    model.eval()
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(2, 16)
+    for _ in range(2):
+        with torch.no_grad():
+            assert torch.equal(compiled(x), model(x))
+            with clustering.soft():
+                assert torch.equal(compiled(x), model(x))
+            model[0].parametrizations["weight"].original.mul_(2)
 
 
 def test_what_is_kept_in_inference_mode_can_be_used_outside() -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from edkm import PaletteError
 from edkm.init import starting_centroids
 
 
@@ -98,6 +99,29 @@ def test_fewer_vectors_than_centroids() -> None:
     found = starting_centroids(torch.randn(2, 4), num_centroids=16, vector_length=2)
     assert found.shape == (1, 16, 2)
     assert bool(found.isfinite().all())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_weight_that_is_not_finite_is_refused(bad: float, dtype: torch.dtype, length: int) -> None:
+    weight = torch.randn(4, 8).to(dtype)
+    weight[2, 3] = bad
+    with pytest.raises(PaletteError, match=r"shape \[4, 8\]: 1 of its 32 values are NaN or infinite"):
+        starting_centroids(weight, num_centroids=4, vector_length=length)
+
+
+def test_large_vectors_are_drawn_from_all_columns() -> None:
+    """Columns of large weights at multiples of 8: a sample in steps that fit the rows would miss some."""
+    weight = torch.randn(1024, 512) * 0.02
+    weight[:, 1::8] *= 10
+    weight[:, 2::8] *= 10
+    rows = weight.view(-1, 2)
+    errors = []
+    for tried in (rows, rows[torch.randperm(rows.shape[0])]):
+        found = starting_centroids(tried.reshape(weight.shape), num_centroids=16, vector_length=2)[0]
+        errors.append(float(torch.cdist(rows, found).amin(1).square().mean()))
+    assert errors[0] < 1.2 * errors[1]
 
 
 def test_a_large_weight_is_counted_not_sorted() -> None:

@@ -1,5 +1,7 @@
 """Palettizing gives exactly the weights that evaluation ran on."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -55,10 +57,17 @@ def test_a_dense_model_without_configuration_is_refused() -> None:
         palettize(TinyLM())
 
 
-def test_a_weight_that_training_broke_is_named() -> None:
-    model = TinyLM()
-    cluster(model, DKMConfig())
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["layers.0.up_proj", "embed_tokens"])
+def test_a_weight_that_training_broke_is_named(bad: float, name: str) -> None:
+    model = TinyLM(tied=False)
+    cluster(model, DKMConfig(embedding_bits=4))
+    module = model.get_submodule(name)
     with torch.no_grad():
-        model.layers[0].up_proj.parametrizations["weight"].original[0, 0] = float("nan")
-    with pytest.raises(PaletteError, match=r"cannot palettize layers\.0\.up_proj: .* NaN or infinite"):
+        module.parametrizations["weight"].original[0, 0] = bad
+    message = rf"cannot palettize {re.escape(name)}: 1 of its \d+ values are NaN or infinite"
+    with pytest.raises(PaletteError, match=message):
         palettize(model)
+    model.eval()
+    with pytest.raises(PaletteError, match=message):
+        _ = module.weight

@@ -136,7 +136,7 @@ def check_bad_weights(rank: int) -> None:
     shard(model)
     if rank == 1:
         shard_of(model.layers[1].up_proj.parametrizations["weight"].original)[-1, -1] = torch.nan
-    with pytest.raises(PaletteError, match=r"palettize layers\.1\.up_proj: its weight became NaN"):
+    with pytest.raises(PaletteError, match=r"palettize layers\.1\.up_proj: .* are NaN"):
         palettize(model)
     assert clustering.parameter_groups(0.5)
 
