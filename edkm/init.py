@@ -149,7 +149,12 @@ def _means(
 
 
 def _sampled(rows: torch.Tensor) -> torch.Tensor:
-    return rows[:: -(-rows.shape[0] // _MAX_VECTORS)]
+    """At most `_MAX_VECTORS` of `[N, d]`, drawn: in equal steps they could all stand in the same columns."""
+    if rows.shape[0] <= _MAX_VECTORS:
+        return rows
+    # A generator of its own: neither does it depend on the caller's random state, nor move it.
+    places = torch.randint(rows.shape[0], (_MAX_VECTORS,), generator=torch.Generator().manual_seed(0))
+    return rows[places.to(rows.device)]
 
 
 def _vectors(rows: torch.Tensor, num_centroids: int) -> torch.Tensor:
@@ -167,7 +172,7 @@ def _vectors(rows: torch.Tensor, num_centroids: int) -> torch.Tensor:
 
 
 def _far_apart(rows: torch.Tensor, num_centroids: int) -> torch.Tensor:
-    # A generator of its own: neither does it depend on the caller's random state, nor move it.
+    # Of a generator of its own, as in `_sampled`.
     draws = torch.rand(num_centroids, generator=torch.Generator().manual_seed(0)).to(rows)
     chosen = [rows[rows.shape[0] // 2]]
     distance = (rows - chosen[0]).square().sum(dim=1)

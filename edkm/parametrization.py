@@ -43,10 +43,10 @@ class ClusteredWeight(nn.Module):
     """A parametrization: a dense weight in, the weight that the model runs on out.
 
     Its state is the centroids and the count of steps; only `commit` and `load_state_dict` change it. In
-    evaluation the snapped weight is kept for one tensor, until its version or its memory is another, training
-    goes on, or the state changes. A write that PyTorch does not count, such as `weight.data.copy_` or a fused
-    optimizer's, is not seen: call `model.eval()` after it. A hash of the weight at each read would see it, for
-    half of a token's time.
+    evaluation the snapped weight is kept for one tensor, until its version or its memory is another,
+    training goes on, or the state changes. A write that PyTorch does not count, such as `weight.data.copy_`
+    or a fused optimizer's, is not seen: call `model.eval()` after it. To hash the weight at each read
+    instead would cost half of a token's time.
 
     Arguments:
         weight: the dense weight, `[out, in]`.
