@@ -117,9 +117,15 @@ def _along(
 
 
 def through(arguments: Arguments, weight: torch.Tensor) -> torch.Tensor:
-    """The weight, or an alias of it, as the step sees it: rounded where it is read through a cast."""
+    """The weight, or an alias of it, as the step sees it: rounded where it is read through a cast, which a
+    gradient goes straight through.
+    """
     table = _table(arguments)
-    return weight if table is None else weight.to(table.dtype).to(weight.dtype)
+    if table is None or table.dtype == weight.dtype:
+        return weight
+    rounded = weight.detach().to(table.dtype).to(weight.dtype)
+    # What is added is zero and has the gradient.
+    return rounded + (weight - weight.detach())
 
 
 def _table(arguments: Arguments) -> Table | None:
