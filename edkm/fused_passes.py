@@ -222,4 +222,6 @@ def _distance_backward(
 def _scaled(rows: Rows, slopes: list[torch.Tensor]) -> Slopes:
     """Divide by the temperature what all pieces have in common."""
     to_centroids, to_temperature = slopes
-    return Slopes(to_centroids * 2 / rows.temperature, to_temperature.sum() / rows.temperature**2)
+    # Divided twice: the square of a small temperature could underflow.
+    to_temperature = to_temperature.sum() / rows.temperature / rows.temperature
+    return Slopes(to_centroids * 2 / rows.temperature, to_temperature)

@@ -255,6 +255,18 @@ def test_a_temperature_of_any_make(dtype: torch.dtype, value: float | torch.Tens
         assert (leaf.grad.shape, leaf.grad.dtype) == (value.shape, value.dtype)
 
 
+@pytest.mark.parametrize("scale", [1e-11, 1e-13])
+def test_a_temperature_whose_square_underflows(scale: float) -> None:
+    weight, centroids = torch.randn(64) * scale, torch.linspace(-1, 1, 4) * scale
+    found = []
+    for layer, dtype in ((fused_dkm, torch.float32), (dkm, torch.float64)):
+        temperature = torch.tensor(0.1 * scale**2, dtype=dtype, requires_grad=True)
+        clustered = layer(weight.to(dtype), centroids.to(dtype), temperature=temperature, iterations=2)[0]
+        (slope,) = torch.autograd.grad(clustered.square().sum() / scale**2, temperature)
+        found.append(float(slope) * scale**2)
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_shapes_on_the_meta_device(dtype: torch.dtype) -> None:
     weight = torch.empty(6, 4, dtype=dtype, device="meta", requires_grad=True)
