@@ -25,7 +25,7 @@ def dkm(
     """Cluster a weight softly; gradients flow through every iteration (eDKM, section on DKM).
 
     A centroid that no weight attends to keeps its place. All arithmetic is in fp32 at least, under autocast
-    too.
+    too; call `backward` outside of it, as PyTorch asks: inside, its matrix products are rounded to 16 bits.
 
     Arguments:
         weight: float16, bfloat16, float32 or float64, any shape; taken as rows of d neighbouring weights.

@@ -167,13 +167,15 @@ def _by_dkm(
     given = [(output, gradient) for output, gradient in pairs if gradient is not None]
     needed = ctx.needs_input_grad[:3]
     inputs = zip((weight, centroids, temperature), needed, strict=True)
-    found = iter(
-        torch.autograd.grad(
-            [output for output, _ in given],
-            [each for each, need in inputs if need and isinstance(each, torch.Tensor)],
-            [gradient for _, gradient in given],
-            create_graph=True,
-            allow_unused=True,
+    # `dkm` turns autocast off for itself, not for its gradients.
+    with torch.autocast(weight.device.type, enabled=False):
+        found = iter(
+            torch.autograd.grad(
+                [output for output, _ in given],
+                [each for each, need in inputs if need and isinstance(each, torch.Tensor)],
+                [gradient for _, gradient in given],
+                create_graph=True,
+                allow_unused=True,
+            )
         )
-    )
     return tuple(next(found) if need else None for need in needed)

@@ -72,3 +72,12 @@ def test_create_graph_alone_gives_the_same_gradient(dtype: torch.dtype) -> None:
     ]
     torch.testing.assert_close(found[0], found[1].detach())
     assert found[1].requires_grad
+
+
+def test_create_graph_under_autocast_gives_the_same_gradient() -> None:
+    weight = torch.randn(64, 64, requires_grad=True)
+    clustered = fused_dkm(weight, torch.randn(8), temperature=0.1, iterations=3)[0]
+    expected = torch.autograd.grad(clustered.square().sum(), weight, retain_graph=True)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(clustered.square().sum(), weight, create_graph=True)[0]
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-4, atol=1e-4)
