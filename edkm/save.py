@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from edkm.cluster import clustered_weights
 from edkm.errors import PaletteError
 from edkm.manifest import Manifest
 from edkm.palettized import PalettizedEmbedding, PalettizedLinear
@@ -34,7 +35,8 @@ def save_palettized(
         directory: made when missing.
 
     Raises:
-        PaletteError: nothing of the model is on a palette, or some of it is still clustered.
+        PaletteError: nothing of the model is on a palette, some of it is still clustered or parametrized, or
+            is no tensor that `load_palettized` reads.
         ValueError: two parts have a tensor of the same name.
         FileExistsError: the directory is not empty.
         OSError: writing failed, for instance on a full disk; nothing of it is left, as after an error in the
@@ -64,6 +66,7 @@ def save_parts(parts: Iterable[tuple[str, nn.Module]], directory: Path, *, shard
 
 def _write(part: nn.Module, writer: Writer, *, prefix: str) -> Manifest:
     """Write one part; `prefix` is its name in the model."""
+    _require_loadable(part, prefix=prefix)
     modules: dict[str, str] = {}
     palettes: dict[int, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -90,10 +93,6 @@ def _write_dense(
         name = _joined(prefix, inner)
         if name in of_palettes:
             continue
-        if not isinstance(tensor, torch.Tensor) or ".parametrizations." in f".{inner}":
-            raise PaletteError(
-                f"cannot save {name}: it is not a plain tensor; palettize clustered weights first"
-            )
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
         first = names.setdefault(key, name)
         if first == name:
@@ -101,6 +100,32 @@ def _write_dense(
         else:
             aliases[name] = first
     return aliases
+
+
+def _require_loadable(part: nn.Module, *, prefix: str) -> None:
+    """Check that `load_palettized` will read what `part` has, before anything of it is written."""
+    clustered = clustered_weights(part)
+    for inner, tensor in part.state_dict().items():
+        name, (module, parametrization, _) = (
+            _joined(prefix, inner),
+            f".{inner}".rpartition(".parametrizations."),
+        )
+        if module[1:] in clustered and parametrization:
+            raise PaletteError(
+                f"cannot save {name}: its module is still clustered; palettize the model first"
+            )
+        if parametrization:
+            raise PaletteError(
+                f"cannot save {name}: a parametrization computes a weight from it, which the files do not "
+                "keep; torch.nn.utils.parametrize.remove_parametrizations makes that weight a plain tensor"
+            )
+        if not isinstance(tensor, torch.Tensor):
+            raise PaletteError(f"cannot save {name}: it is a {type(tensor).__name__}, not a tensor")
+        if tensor.is_floating_point() and tensor.element_size() < 2:
+            raise PaletteError(
+                f"cannot save {name}: it is {tensor.dtype}, which load_palettized does not read; "
+                "cast it to float16 or wider"
+            )
 
 
 def _require_palettes(found: bool) -> None:  # noqa: FBT001 - private, one caller's condition

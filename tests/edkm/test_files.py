@@ -128,7 +128,19 @@ def test_a_dense_or_clustered_model_is_refused(tmp_path: Path) -> None:
         save_palettized(TinyLM(), tmp_path / "x")
     model = nn.ModuleList([palettized(), TinyLM()])
     cluster(model[1], DKMConfig())
-    with pytest.raises(PaletteError, match=r"cannot save 1\..*not a plain tensor"):
+    with pytest.raises(PaletteError, match=r"cannot save 1\..*still clustered; palettize the model first"):
+        save_palettized(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_cannot_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    model = palettized()
+    model.register_buffer("narrow", torch.ones(2).to(torch.float8_e4m3fn))
+    with pytest.raises(PaletteError, match=r"cannot save narrow: it is torch.float8_e4m3fn, which load_pal"):
+        save_palettized(model, tmp_path / "x")
+    model.narrow = None
+    model.normed = nn.utils.parametrizations.weight_norm(nn.Conv1d(1, 2, 1))
+    with pytest.raises(PaletteError, match=r"cannot save normed\..*original0: a parametrization computes"):
         save_palettized(model, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
