@@ -32,8 +32,8 @@ class Choice:
     @property
     def weight(self) -> nn.Parameter:
         """The weight that the modules share."""
-        weight = self.modules[0].weight
-        assert isinstance(weight, nn.Parameter)
+        weight = _parameter(self.modules[0])
+        assert weight is not None  # `choose` looked
         return weight
 
 
@@ -41,14 +41,16 @@ def choose(model: nn.Module, config: DKMConfig) -> list[Choice]:
     """Choose the weights that a configuration names.
 
     Raises:
-        PaletteError: tied modules ask for different bits, a weight cannot be clustered as configured, or an
-            override matches no linear and no embedding.
+        PaletteError: tied modules ask for different bits, a weight cannot be clustered as configured or is no
+            parameter, or an override matches no linear and no embedding.
     """
     modules = dict(_weighted_modules(model))
     _require_matches(config, modules)
     shared: dict[int, list[str]] = {}
     for name, module in modules.items():
-        shared.setdefault(id(module.weight), []).append(name)
+        weight = _parameter(module)
+        # One that is computed anew at each read has no identity of its own.
+        shared.setdefault(id(module if weight is None else weight), []).append(name)
     head = _output_head(model, modules)
     choices = [_choice(names, modules, config=config, head=head) for names in shared.values()]
     return [choice for choice in choices if choice is not None]
@@ -57,6 +59,11 @@ def choose(model: nn.Module, config: DKMConfig) -> list[Choice]:
 def is_linear(module: nn.Module) -> bool:
     """Whether a module, clustered or not, is a linear layer."""
     return isinstance(module, nn.Linear)
+
+
+def _parameter(module: nn.Module) -> nn.Parameter | None:
+    """The weight of a module, unless something computes it from others."""
+    return dict(module.named_parameters(recurse=False)).get("weight")
 
 
 def _weighted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -109,14 +116,21 @@ def _choice(
 
 
 def _require_clusterable(choice: Choice, config: DKMConfig) -> None:
-    name, weight = " = ".join(choice.names), choice.weight
+    name = " = ".join(choice.names)
     for module in choice.modules:
+        if _parameter(module) is None:
+            raise PaletteError(
+                f"cannot cluster {name}: its weight is no parameter but computed from others, as by "
+                "weight_norm or another parametrization: remove that first (torch.nn.utils.parametrize."
+                "remove_parametrizations), or leave it dense with an override of None"
+            )
         plain = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
         if type(module).forward is not plain.forward or getattr(module, "max_norm", None) is not None:
             raise PaletteError(
                 f"cannot cluster {name}: {type(module).__name__} does more than {plain.__name__}: "
                 "leave it dense with an override of None"
             )
+    weight = choice.weight
     if is_sharded(weight):
         raise PaletteError(
             f"cannot cluster {name}: it is sharded over ranks already; call cluster first, then fully_shard"

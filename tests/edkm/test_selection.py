@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from edkm import DKMConfig, PaletteError, cluster
+from edkm.parametrization import ClusteredWeight
 from edkm.selection import choose
 from tests.edkm.models import TinyLM
 
@@ -130,3 +131,16 @@ def test_nothing_to_cluster() -> None:
     ):
         with pytest.raises(PaletteError, match="no weight to cluster"):
             cluster(model, config)
+
+
+def test_a_weight_that_is_computed_is_refused_or_left_dense() -> None:
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+    model = nn.Sequential(nn.Linear(8, 8), normed, nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    with pytest.raises(
+        PaletteError, match=r"cannot cluster 1: its weight is no parameter .* remove that first"
+    ):
+        cluster(model, DKMConfig())
+    assert not any(isinstance(each, ClusteredWeight) for each in model.modules())
+    cluster(model, DKMConfig(overrides={"[12]": None}))
+    assert isinstance(model[0].parametrizations["weight"][0], ClusteredWeight)
+    assert model[1] is normed
