@@ -11,10 +11,11 @@ from edkm.fused_passes import Rows, Slopes, assign, assign_backward
 from edkm.fused_table import Table
 from edkm.fused_walk import Rules, Walk, walk, walk_back
 
-# Weights times centroids times iterations. A step beyond takes minutes on a core, and the plain layer's maps
-# more than 100 GB.
-_MAX_WORK = 1 << 33
+# On a core, for one weight, centroid and pass, of which there is one an iteration and one for the output.
 _SECONDS_PER_WORK = 1e-8
+# A step off the table road may take this long; with so many centroids that the table is what is meant, less.
+_MAX_SECONDS, _MAX_SECONDS_OF_MANY = 120.0, 2.0
+_MANY_CENTROIDS = 128
 # A table takes float64 and counting by bits, which other devices lack.
 _TABLE_DEVICES = ("cpu", "cuda")
 
@@ -49,7 +50,7 @@ def forward(arguments: Arguments, *, rules: Rules) -> tuple[torch.Tensor, Walk]:
         The clustered weight, and the way of the centroids.
 
     Raises:
-        ValueError: it would take minutes.
+        ValueError: it would take too long.
     """
     weight = arguments.weight
     table = _table(arguments)
@@ -153,11 +154,12 @@ def _rows(arguments: Arguments, table: Table | None, *, wide: torch.dtype) -> Ro
 
 def _check_work(arguments: Arguments, rules: Rules) -> None:
     weight, num_centroids = arguments.weight, as_groups(arguments.centroids).shape[1]
-    work = weight.numel() * num_centroids * rules.iterations
-    if weight.device.type == "cpu" and work > _MAX_WORK:
-        seconds = work * _SECONDS_PER_WORK
+    seconds = weight.numel() * num_centroids * (rules.iterations + 1) * _SECONDS_PER_WORK
+    limit = _MAX_SECONDS_OF_MANY if num_centroids >= _MANY_CENTROIDS else _MAX_SECONDS
+    if weight.device.type == "cpu" and seconds > limit:
         raise ValueError(
             f"fused_dkm of {weight.numel():,} weights in {weight.dtype}, {num_centroids} centroids and "
-            f"{rules.iterations} iterations would take about {seconds:,.0f} s a step: give a float16 or "
-            "bfloat16 weight in one group and not in vectors, which takes under a second, or fewer bits"
+            f"{rules.iterations} iterations would take about {seconds:,.0f} s a step: give it in one group, "
+            "not in vectors, and as float16 or bfloat16, or through DKMConfig(table_dtype='bfloat16'), which "
+            "is many times faster; or give fewer bits"
         )
