@@ -1,8 +1,8 @@
 """A 16-bit weight as a table of the values that occur: count them, sum over them, look them up.
 
 Three passes that read the weight; in one group nothing here grows with it but what they return. With many
-small groups the tables do: they have up to half as many entries as the weight, in float64. A wider weight may be read
-through a cast to 16 bits; what is summed, and what is looked up, keeps its width.
+small groups the tables do: they have up to half as many entries as the weight, in float64. A wider weight
+may be read through a cast to 16 bits; what is summed, and what is looked up, keeps its width.
 """
 
 from __future__ import annotations

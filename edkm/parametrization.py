@@ -140,9 +140,13 @@ class ClusteredWeight(nn.Module):
             self._pending = centroids.detach()
         return clustered
 
-    # What is kept, and of what, is no matter of a compiled graph.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _keep(self, weight: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if torch.compiler.is_compiling():  # what is kept, and of what, is no matter of a graph
+            kept: torch.Tensor = torch.compiler.disable(self._look_up)(weight, compute)  # type: ignore[no-untyped-call]
+            return kept
+        return self._look_up(weight, compute)
+
+    def _look_up(self, weight: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         state = (self.forced_soft, weight.data_ptr(), weight._version, weight.dtype, weight.device)
         kept = self._kept
         if kept is None or not kept.is_of(weight, state):

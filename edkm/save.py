@@ -106,10 +106,8 @@ def _require_loadable(part: nn.Module, *, prefix: str) -> None:
     """Check that `load_palettized` will read what `part` has, before anything of it is written."""
     clustered = clustered_weights(part)
     for inner, tensor in part.state_dict().items():
-        name, (module, parametrization, _) = (
-            _joined(prefix, inner),
-            f".{inner}".rpartition(".parametrizations."),
-        )
+        name = _joined(prefix, inner)
+        module, parametrization, _ = f".{inner}".rpartition(".parametrizations.")
         if module[1:] in clustered and parametrization:
             raise PaletteError(
                 f"cannot save {name}: its module is still clustered; palettize the model first"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from edkm.palette import Palette
+from edkm import Palette
 from integrations.corpus import Row, StreamCorpus
 from integrations.directory import disk_bytes
 from integrations.errors import CommandError

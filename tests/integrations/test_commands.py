@@ -199,12 +199,19 @@ def test_the_demo_ends_with_a_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = {"perplexity": 1.5, "disk_bytes": 2**20, "saved_bytes": 2**21, "peak_held_bytes": 2**19}
-    result = {"rows": {"base": row}, "files": ["edkm-demo/a"], "seconds": 61.2}
+    cost = {"saved_bytes": 1, "peak_held_bytes": 1, "seconds": 0.1}
+    result = {
+        "rows": {"base": row},
+        "clustering": {"plain DKM": cost},
+        "files": ["edkm-demo/a"],
+        "seconds": 61.2,
+    }
     monkeypatch.setattr(commands, "_demo", lambda _options: result)
     assert main(["demo"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["base", "1.500", "1.00", "MiB", "2.00", "MiB", "0.50", "MiB"]
-    assert lines[3:] == ["written in 61 s:", "  edkm-demo/a"]
+    assert lines[4].split() == ["plain", "DKM", "0.00", "MiB", "0.00", "MiB", "0.100"]
+    assert lines[6:] == ["written in 61 s:", "  edkm-demo/a"]
     assert main(["demo", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == result
 
