@@ -83,9 +83,7 @@ class SavedTensorStore:
             sharding=sharding,
             ledger=self._ledger,
         )
-        # Without ranks there is nothing to do but open: called hundreds of times a step, with cold caches.
         self._is_alone = isinstance(sharding, Local)
-        self._unpack = methodcaller("open") if self._is_alone else self._unpack_shared
         self._sites = Sites()
         self._lines: dict[tuple[tuple[int, int], torch.dtype, bool], Line] = {}
         self._seen: dict[tuple[tuple[int, int], torch.Size, torch.dtype, bool], tuple[Row, Line]] = {}
@@ -94,7 +92,9 @@ class SavedTensorStore:
         self._num_entered = 0
 
     def __enter__(self) -> "SavedTensorStore":
-        hooks = saved_tensors_hooks(self._pack, self._unpack)
+        # Alone there is nothing to do but open: called hundreds of times a step, with cold caches.
+        unpack = methodcaller("open") if self._is_alone else self._unpack
+        hooks = saved_tensors_hooks(self._pack, unpack)
         hooks.__enter__()
         try:
             self._begin()
@@ -183,7 +183,7 @@ class SavedTensorStore:
         found[0].num_saved += 1
         return found
 
-    def _unpack_shared(self, handle: Handle | Kept | Distributed) -> Tensor:
+    def _unpack(self, handle: Handle | Kept | Distributed) -> Tensor:
         if self._settler.sharer.is_open:
             with self._lock:
                 self._settler.begin_backward()

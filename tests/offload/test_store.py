@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import sys
 import textwrap
+import weakref
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 from types import ModuleType
@@ -227,3 +228,15 @@ def test_each_shape_dtype_and_line_is_a_row_of_its_own() -> None:
                 torch.randn(size, dtype=dtype, requires_grad=True).exp()
     assert len(store.report().splitlines()) == 1 + 1 + 4
     assert store.stats.num_saved == 8
+
+
+@pytest.mark.parametrize("options", [{}, {"uniquify": True}, {"shard": True}])
+def test_a_store_goes_with_its_last_reference(options: dict[str, bool]) -> None:
+    store = SavedTensorStore(**options)  # type: ignore[arg-type]
+    with store:
+        loss = torch.randn(4096, requires_grad=True).square().sum()
+    loss.backward()
+    del loss
+    gone = weakref.ref(store)
+    del store
+    assert gone() is None
