@@ -24,6 +24,8 @@ _PROMPT_WITHOUT_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
+# Nesting too deep for the parser, and numbers too long for Python, are no json either.
+_NOT_JSON = (ValueError, RecursionError)
 
 
 class Tokenizer(Protocol):
@@ -76,8 +78,8 @@ def read_training_text(
     content = read_utf8(path)
     if not content.strip():
         raise CommandError(f"{path} is empty: there is nothing to train on")
-    if separator is not None and path.suffix in (".json", ".jsonl"):
-        raise CommandError(f"--separator parts plain text, and {path} is {path.suffix[1:]}: leave it out")
+    if separator is not None:
+        _require_separator(separator, path, content=content)
     if path.suffix == ".json":
         return _read_instructions(_json_rows(path, content), tokenizer, context=context)
     if path.suffix == ".jsonl":
@@ -90,14 +92,24 @@ def read_training_text(
     return Reading(corpus, num_rows=len(corpus.cut(0.0)))
 
 
+def _require_separator(separator: str, path: Path, *, content: str) -> None:
+    if path.suffix in (".json", ".jsonl"):
+        raise CommandError(f"--separator parts plain text, and {path} is {path.suffix[1:]}: leave it out")
+    if not separator:
+        raise CommandError("--separator is empty: name what stands between two documents, or leave it out")
+    if separator not in content:
+        # A shell hands "\n" on as two characters, for instance.
+        raise CommandError(f"--separator: {path} has no {separator!r} in it; for one stream leave it out")
+
+
 def read_utf8(path: Path) -> str:
-    """The text of a file.
+    """The text of a file, without a mark of byte order.
 
     Raises:
         CommandError: there is no such file, or it is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise CommandError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -144,7 +156,7 @@ def _require_rows(rows: Sequence[Row], *, num_rows: int, context: int) -> None:
 def _json_rows(path: Path, content: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = json.loads(content)
-    except json.JSONDecodeError as error:
+    except _NOT_JSON as error:
         raise CommandError(f"{path} is not json: {error}") from error
     if not isinstance(rows, list) or not rows:
         raise CommandError(f"{path} must hold a json list of rows, not {str(rows)[:40]!r}")
@@ -152,11 +164,12 @@ def _json_rows(path: Path, content: str) -> Iterator[tuple[str, Any]]:
 
 
 def _json_lines(path: Path, content: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(content.splitlines(), start=1):
+    # Not splitlines: a json string may hold U+2028 and the like, at which that ends a line.
+    for number, line in enumerate(content.split("\n"), start=1):
         if line.strip():
             try:
                 yield f"{path} line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
+            except _NOT_JSON as error:
                 raise CommandError(f"{path} line {number} is not json: {error}") from error
 
 
@@ -167,4 +180,13 @@ def _fields(row: Any, where: str, names: Sequence[str]) -> list[str]:
         if not isinstance(row.get(name), str):
             seen = f"is {type(row[name]).__name__}, not a string" if name in row else "is missing"
             raise CommandError(f"{where}: the field {name!r} {seen}")
+        _require_unicode(row[name], f"{where}: the field {name!r}")
     return [row[name] for name in names]
+
+
+def _require_unicode(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise CommandError(f"{where} is no text: {half!r} at {error.start} is half a character") from error

@@ -110,6 +110,10 @@ def test_text_without_a_separator_is_cut_as_the_stream_protocol_cuts(
         ("a.jsonl", '{"text": "a"}\n{"body": "b"}', "line 2: the field 'text' is missing"),
         ("a.jsonl", '{"text": "a"}\n{"text"', "line 2 is not json: "),
         ("a.jsonl", '{"text": ""}', "none of 1 rows has anything to learn from within 1000 tokens"),
+        ("a.json", "[" * 100_000, "is not json: "),
+        ("a.json", "[" + "9" * 5000 + "]", "is not json: "),
+        ("a.jsonl", '{"text": "a"}\n' + "[" * 100_000, "line 2 is not json: "),
+        ("a.jsonl", r'{"text": "a\ud800b"}', "line 1: the field 'text' is no text: '\\ud800' at 1 is half"),
     ],
 )
 def test_bad_content_is_told(
@@ -129,6 +133,34 @@ def test_all_rows_too_long_is_told(tmp_path: Path, tokenizer: HubTokenizer) -> N
 def test_a_separator_for_json_is_refused(tmp_path: Path, tokenizer: HubTokenizer) -> None:
     with pytest.raises(CommandError, match="--separator parts plain text"):
         read([HELLO], tmp_path / "a.json", tokenizer, separator="x")
+
+
+def test_a_separator_that_parts_nothing_is_refused(tmp_path: Path, tokenizer: HubTokenizer) -> None:
+    with pytest.raises(CommandError, match=r"a\.txt has no '\\\\n---' in it"):
+        read("one\n---\ntwo", tmp_path / "a.txt", tokenizer, separator="\\n---")
+    with pytest.raises(CommandError, match="--separator is empty"):
+        read("one\ntwo", tmp_path / "a.txt", tokenizer, separator="")
+
+
+def test_a_mark_of_byte_order_is_no_text(tmp_path: Path, tokenizer: HubTokenizer) -> None:
+    for name, content in [
+        ("a.json", json.dumps([HELLO])),
+        ("a.jsonl", '{"text": "abc"}'),
+        ("a.txt", "some text"),
+    ]:
+        plain = read(content, tmp_path / name, tokenizer, context=200)
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.replace("\n", "\r\n").encode())
+        marked = read_training_text(tmp_path / name, tokenizer, context=200)
+        rows = [[row.tokens.tolist() for row in reading.corpus.cut(0.0)] for reading in (plain, marked)]
+        assert rows[0] == rows[1]
+
+
+def test_a_line_of_json_ends_at_a_line_feed_alone(tmp_path: Path, tokenizer: HubTokenizer) -> None:
+    """json allows the other characters at which Python ends a line inside of a string."""
+    text = "one\u2028two\x85three\u2029four"
+    reading = read(json.dumps({"text": text}, ensure_ascii=False), tmp_path / "a.jsonl", tokenizer)
+    assert reading.num_rows == 1
+    assert reading.corpus.cut(0.0)[0].tokens.tolist() == [tokenizer.bos, *ids(text, tokenizer), tokenizer.eos]
 
 
 def test_unreadable_files_are_told(tmp_path: Path, tokenizer: HubTokenizer) -> None:
