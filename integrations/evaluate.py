@@ -24,6 +24,8 @@ from integrations.transformers import load_tokenizer, local_directory, model_con
 
 STREAM_CONTEXT = 256
 _ROWS_A_BATCH = 16
+# In nats a token: its exponential is near the largest number.
+_MAX_LOSS = 700.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def score_stream(model: nn.Module, text: str, *, tokenizer: Tokenizer, max_conte
         max_context: the longest context that the model was made for; at most 256 tokens are used.
 
     Raises:
-        CommandError: the text is shorter than one block.
+        CommandError: the text is shorter than one block, or the loss is no finite number.
     """
     content = text.strip()
     context = min(max_context, STREAM_CONTEXT)
@@ -66,6 +68,10 @@ def score_stream(model: nn.Module, text: str, *, tokenizer: Tokenizer, max_conte
     began = time.perf_counter()
     loss = _loss_of_all(model, blocks)
     seconds = time.perf_counter() - began
+    if not loss / len(tokens) < _MAX_LOSS:
+        raise CommandError(
+            f"cannot score the text: the loss is {loss / len(tokens)} nats a token; are the weights damaged?"
+        )
     return StreamScore(
         perplexity=math.exp(loss / len(tokens)),
         bits_per_byte=loss / math.log(2) / len(content.encode()),

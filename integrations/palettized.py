@@ -20,7 +20,7 @@ from edkm import (
 )
 from integrations.directory import disk_bytes, filled_whole, is_palettized, require_vacant
 from integrations.errors import CommandError, told_as_command_error
-from integrations.transformers import HubTokenizer, empty_model, load_dense, load_tokenizer
+from integrations.transformers import HubTokenizer, empty_model, load_dense, load_tokenizer, require_model
 
 
 def load_model(name: str) -> transformers.PreTrainedModel:
@@ -82,6 +82,7 @@ def palettize_directory(name: str, output: Path, *, bits: int, embedding_bits: i
     require_vacant(output)
     with told_as_command_error(ValueError):
         config = DKMConfig(bits=bits, embedding_bits=embedding_bits)
+    require_model(name)
     tokenizer = load_tokenizer(name)
     model = load_dense(name)
     with told_as_command_error(PaletteError):

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from integrations.directory import is_palettized
 from integrations.errors import CommandError
+
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+_FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 
 # The commands say themselves what went wrong, on one line, and draw the only progress bar.
 transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -75,10 +79,13 @@ def require_model(name: str) -> None:
     """Refuse at once a directory that no dense model can be loaded from; hub names pass.
 
     Raises:
-        CommandError: it lacks its configuration or weights, or is palettized.
+        CommandError: it lacks its configuration or weights, or is palettized; or the name is neither that of
+            a directory nor one that a hub could have.
     """
     directory = Path(name)
     if not directory.is_dir():
+        if directory.exists() or not _HUB_NAME.fullmatch(name):
+            raise CommandError(f"{name} is neither a directory nor a name on the hub, such as owner/model")
         return
     if not (directory / "config.json").is_file():
         raise CommandError(f"{directory} is not a model directory: it has no config.json")
@@ -98,7 +105,8 @@ def load_dense(name: str, *, dtype: torch.dtype | None = None) -> transformers.P
         dtype: of the weights; None keeps the checkpoint's.
 
     Raises:
-        CommandError: no such model, an unknown architecture, or weights that are missing or damaged.
+        CommandError: no such model, an unknown architecture, or weights that are missing, damaged, of another
+            shape or dtype, NaN or infinite.
     """
     require_model(name)
     with _reported(f"cannot load {name}"):
@@ -108,13 +116,48 @@ def load_dense(name: str, *, dtype: torch.dtype | None = None) -> transformers.P
             output_loading_info=True,
             trust_remote_code=False,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # told below, by name
         )
+        for file in Path(name).glob("*.safetensors"):
+            _require_floats(file, loaded[0])
     model: transformers.PreTrainedModel = loaded[0]
-    # Transformers fills weights it did not find with random numbers and goes on.
-    if loaded[1]["missing_keys"]:
-        missing = sorted(loaded[1]["missing_keys"])
-        raise CommandError(f"{name} lacks {len(missing)} of the model's weights, such as {missing[0]}")
+    _require_all(name, loaded[1])
+    _require_finite(name, model)
     return model
+
+
+def _require_all(name: str, found: Mapping[str, Any]) -> None:
+    # Transformers fills weights that it did not find, or that do not fit, with random numbers and goes on.
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise CommandError(f"{name} lacks {len(missing)} of the model's weights, such as {missing[0]}")
+    for weight, stored, wanted in sorted(found["mismatched_keys"]):
+        raise CommandError(
+            f"{name} does not fit its config.json: {weight} has shape {list(stored)} in the file, "
+            f"{list(wanted)} in the model"
+        )
+
+
+def _require_floats(file: Path, model: nn.Module) -> None:
+    # Transformers casts whatever it finds: the integers of a quantized weight are not its values.
+    with safe_open(file, framework="pt") as opened:
+        for name in dict(model.named_parameters(remove_duplicate=False)).keys() & set(opened.keys()):
+            dtype = opened.get_slice(name).get_dtype()
+            if dtype not in _FLOATS:
+                raise CommandError(
+                    f"cannot load {file}: {name} is {dtype}, and weights of 16 bits or more are needed: "
+                    "give the model as it was before it was quantized"
+                )
+
+
+def _require_finite(name: str, model: nn.Module) -> None:
+    for weight, values in model.named_parameters():
+        # Both are NaN where one value is.
+        if values.numel() and not torch.stack(values.detach().aminmax()).isfinite().all():
+            number = int((~values.detach().isfinite()).sum())
+            raise CommandError(
+                f"{name} is damaged: {number} of the {values.numel()} values of {weight} are NaN or infinite"
+            )
 
 
 def empty_model(directory: Path) -> transformers.PreTrainedModel:
@@ -136,11 +179,17 @@ def model_context(name: str) -> int:
     """How many tokens a model was made for, from its configuration alone.
 
     Raises:
-        CommandError: there is no such model, or its architecture is unknown.
+        CommandError: there is no such model, its architecture is unknown, or its configuration does not say.
     """
     with _reported(f"cannot load {name}"):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        return int(config.max_position_embeddings)
+        context = getattr(config, "max_position_embeddings", None)
+    if not isinstance(context, int) or context < 2:
+        raise CommandError(
+            f"cannot load {name}: its context is unknown, as max_position_embeddings is {context!r} in the "
+            f"configuration of a {config.model_type}; it must be 2 or more"
+        )
+    return context
 
 
 def local_directory(name: str) -> Path:
@@ -169,8 +218,14 @@ def _meta_parameters() -> Iterator[None]:
 
 @contextmanager
 def _reported(attempt: str) -> Iterator[None]:
-    # Transformers explains at length and over several lines; the first sentences carry the cause.
+    # Transformers explains at length and over several lines; the first sentences carry the cause. What it
+    # raises for a damaged file is whatever the line that meets it raises: a division by no heads, for one.
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CommandError(f"{attempt}: {' '.join(str(error).split())[:300]}") from error
+    except CommandError:
+        raise
+    except Exception as error:
+        cause = " ".join(str(error).split())[:300]
+        if not isinstance(error, OSError | ValueError):
+            cause = f"{type(error).__name__}: {cause}"
+        raise CommandError(f"{attempt}: {cause}") from error

@@ -68,6 +68,16 @@ def test_a_text_shorter_than_a_block_is_refused(tiny_model: Path, tokenizer: Hub
     assert score_stream(model, "x" * 31, tokenizer=tokenizer, max_context=32).num_tokens == 31
 
 
+@pytest.mark.parametrize("value", [math.nan, 1e5])
+def test_a_loss_that_is_no_figure_is_refused(value: float, tiny_model: Path, tokenizer: HubTokenizer) -> None:
+    model = load_dense(str(tiny_model))
+    torch.nn.init.eye_(model.model.embed_tokens.weight)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(value)
+    with pytest.raises(CommandError, match=r"the loss is .* nats a token; are the weights damaged\?"):
+        score_stream(model, "To be, or not to be: that is the question.", tokenizer=tokenizer, max_context=32)
+
+
 def test_the_known_figure_of_a_real_model(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = shared_data / "models" / "stories260K-hf"
     text = shared_data / "text" / "tinystories_val.txt"

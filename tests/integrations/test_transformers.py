@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,84 @@ def test_missing_weights_are_not_made_up(model: Path) -> None:
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CommandError, match=f"lacks 1 of the model's weights, such as {name}"):
         load_dense(str(model))
+
+
+WEIGHT = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda weight: weight[:8], rf"{WEIGHT} has shape \[8, 32\] in the file, \[32, 32\] in the model"),
+        (torch.Tensor.int, rf"{WEIGHT} is I32, and weights of 16 bits or more are needed"),
+        (lambda weight: weight.to(torch.float8_e4m3fn), rf"{WEIGHT} is F8_E4M3, and weights of 16 bits"),
+        (lambda weight: weight / 0, rf"1024 of the 1024 values of {WEIGHT} are NaN or infinite"),
+        (lambda weight: weight.fill_diagonal_(torch.inf), rf"32 of the 1024 values of {WEIGHT} are NaN"),
+    ],
+    ids=["shape", "integers", "eight bits", "nan", "infinite"],
+)
+def test_a_damaged_weight_is_named(
+    damage: Callable[[torch.Tensor], torch.Tensor], message: str, model: Path
+) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights[WEIGHT] = damage(weights[WEIGHT].clone()).contiguous()
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CommandError, match=message):
+        load_dense(str(model))
+
+
+@pytest.mark.parametrize("name", ["/nowhere/llama", "llama/7b/", "../llama", "a/b/c", "config.json"])
+def test_a_path_that_is_not_there_is_no_hub_name(
+    name: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model)
+    with pytest.raises(CommandError, match=f"{name} is neither a directory nor a name on the hub"):
+        load_dense(name)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[]",
+        b"3",
+        b"\xff",
+        b"",
+        *(
+            json.dumps({"model_type": "llama", name: value}).encode()
+            for name, value in [
+                ("hidden_size", "wide"),
+                ("num_attention_heads", 0),
+                ("num_attention_heads", 5),
+                ("hidden_size", -4),
+                ("hidden_act", "nope"),
+                ("dtype", "float7"),
+            ]
+        ),
+    ],
+)
+def test_a_configuration_of_garbage_is_told(content: bytes, model: Path) -> None:
+    (model / "config.json").write_bytes(content)
+    with pytest.raises(CommandError, match="cannot load"):
+        load_dense(str(model))
+
+
+@pytest.mark.parametrize("kind", ["t5", "bloom"])
+def test_a_context_that_is_not_told_is_asked_for(kind: str, model: Path) -> None:
+    (model / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(
+        CommandError, match=f"max_position_embeddings is None in the configuration of a {kind}"
+    ):
+        model_context(str(model))
+    change(model, model_type="llama", max_position_embeddings=0)
+    with pytest.raises(CommandError, match="max_position_embeddings is 0"):
+        model_context(str(model))
+
+
+@pytest.mark.parametrize("content", [b"[]", b"garbage"])
+def test_a_tokenizer_of_garbage_is_told(content: bytes, model: Path) -> None:
+    (model / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(CommandError, match="cannot load the tokenizer of"):
+        load_tokenizer(str(model))
 
 
 def test_a_truncated_weight_file_is_told(model: Path) -> None:
