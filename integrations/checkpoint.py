@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from integrations.directory import remove_if_empty
 from integrations.errors import CommandError
 from integrations.random_state import random_state, restore_random_state
 from integrations.ranks import Ranks
@@ -66,6 +67,7 @@ class Checkpoints:
         # All ranks wait here, and all of them fail: one that ended alone would take the others with it.
         if self._ranks.largest(failure is not None):
             shutil.rmtree(partial, ignore_errors=True)
+            remove_if_empty(self.directory)
             cause = "another rank says why" if failure is None else _cause(failure, final)
             raise CommandError(f"cannot write the checkpoint of step {step}: {cause}") from failure
         return final
@@ -88,8 +90,8 @@ class Checkpoints:
             return None
         tensors = _tensors(state)
         try:
-            self._require_same(json.loads((last / _SETTINGS).read_text()), last)
-            saved = json.loads((last / _STATE).read_text())
+            self._require_same(_read_object(last / _SETTINGS), last)
+            saved = _read_object(last / _STATE, shapes=dict, rest=dict, random=list)
             _require_shapes(saved["shapes"], _shapes(tensors), last)
             files = TensorFiles(last)
             files.require_complete(tensors)
@@ -127,8 +129,8 @@ class Checkpoints:
         name = ""
         try:
             if (self.directory / _LAST).is_file():
-                name = str(json.loads((self.directory / _LAST).read_text())["checkpoint"])
-        except (OSError, ValueError, KeyError) as error:
+                name = _read_object(self.directory / _LAST, checkpoint=str)["checkpoint"]
+        except (OSError, ValueError) as error:
             raise self._unreadable(error) from error
         if any(seen != name for seen in self._ranks.gathered(name)):
             raise CommandError(
@@ -176,6 +178,16 @@ def _require_shapes(saved: Mapping[str, str], now: Mapping[str, str], last: Path
                 f"{saved.get(name, 'not there')}, now it is {now.get(name, 'not there')}; "
                 "name another --output"
             )
+
+
+def _read_object(path: Path, **kinds: type) -> dict[str, Any]:
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} was edited: it is a json {type(found).__name__}, not an object")
+    for name, kind in kinds.items():
+        if not isinstance(found.get(name), kind) or found[name] in ("", []):
+            raise ValueError(f"{path.name} was edited: its {name} is {str(found.get(name))[:40]!r}")
+    return found
 
 
 def _write_synced(path: Path, content: Mapping[str, Any]) -> None:

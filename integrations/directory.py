@@ -48,7 +48,7 @@ def filled_whole(directory: Path) -> Iterator[Path]:
         raise CommandError(f"cannot write {directory}: {' '.join(str(error).split())[:200]}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        _remove_if_empty(directory)
+        remove_if_empty(directory)
 
 
 @contextmanager
@@ -68,10 +68,11 @@ def made_early(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        _remove_if_empty(directory)
+        remove_if_empty(directory)
 
 
-def _remove_if_empty(directory: Path) -> None:
+def remove_if_empty(directory: Path) -> None:
+    """Remove a directory that nothing came to lie in."""
     with suppress(OSError):  # not empty, or another rank was quicker
         directory.rmdir()
 

@@ -55,8 +55,15 @@ class HubTokenizer:
         return encoded
 
     def save(self, directory: Path) -> None:
-        """Write the tokenizer's files."""
-        self._tokenizer.save_pretrained(directory)
+        """Write the tokenizer's files.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        try:
+            self._tokenizer.save_pretrained(directory)
+        except Exception as error:  # the tokenizers library has no narrower one for a full disk
+            raise OSError(f"cannot save the tokenizer: {error}") from error
 
 
 def load_tokenizer(name: str) -> HubTokenizer:

@@ -105,6 +105,29 @@ def test_a_damaged_checkpoint_is_told(name: str, damage: object, tmp_path: Path)
         checkpoints(tmp_path).load(STATE)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(
+            (name, content)
+            for name in ("last.json", "settings.json", "state.json")
+            for content in ("[]", "3")
+        ),
+        ("last.json", '{"checkpoint": 3}'),
+        ("state.json", '{"shapes": 3, "rest": {"a": 1}, "random": [1]}'),
+        ("state.json", '{"shapes": {"a": "b"}, "rest": [], "random": [1]}'),
+        ("state.json", '{"shapes": {"a": "b"}, "rest": {"a": 1}, "random": []}'),
+    ],
+)
+def test_an_edited_checkpoint_is_told(name: str, content: str, tmp_path: Path) -> None:
+    last = checkpoints(tmp_path).save(STATE, step=1)
+    (tmp_path if name == "last.json" else last).joinpath(name).write_text(content)
+    with pytest.raises(
+        CommandError, match=rf"the last checkpoint in .* cannot be read \({name} was edited: "
+    ):
+        checkpoints(tmp_path).load(STATE)
+
+
 def test_a_mark_without_its_checkpoint_is_told(tmp_path: Path) -> None:
     (tmp_path / "last.json").write_text('{"checkpoint": "step-00000009"}')
     with pytest.raises(CommandError, match="cannot be read"):
@@ -189,8 +212,9 @@ def test_a_failing_file_leaves_the_earlier_checkpoint(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(
-        CommandError, match=r"cannot write the checkpoint of step 2: .*No space left on device"
-    ):
-        checkpoints(tmp_path).save({"step": 2}, step=2)
+    for directory in (tmp_path, tmp_path / "new"):
+        with pytest.raises(
+            CommandError, match=r"cannot write the checkpoint of step 2: .*No space left on device"
+        ):
+            checkpoints(directory).save({"step": 2}, step=2)
     assert names(tmp_path) == ["last.json", "step-00000001"]

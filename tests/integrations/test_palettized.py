@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from edkm import DKMConfig, palettize
@@ -136,10 +137,10 @@ def test_a_damaged_directory_is_told(damage: Callable[[Path], None], damaged: Pa
 def failing_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the last file, the tokenizer's, meet a full disk."""
 
-    def fail(*_arguments: object) -> None:
-        raise OSError(28, "No space left on device")
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise Exception("No space left on device (os error 28)")  # what the tokenizers library raises
 
-    monkeypatch.setattr(HubTokenizer, "save", fail)
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", fail)
 
 
 @pytest.mark.usefixtures("failing_disk")
