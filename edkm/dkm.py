@@ -43,7 +43,7 @@ def dkm(
         gradient.
 
     Raises:
-        TypeError: weight or centroids are not real floating point.
+        TypeError: weight or centroids are not real floating point of 16 bits or more.
         ValueError: shapes that do not fit, a temperature or a number of iterations that is not above 0.
     """
     groups = as_groups(centroids)
@@ -120,8 +120,10 @@ def check(
 ) -> None:
     """Raise what `dkm` says it raises; `groups` are the centroids as `[G, K, d]`."""
     for name, tensor in (("weight", weight), ("centroids", groups)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"dkm got a {name} of {tensor.dtype}: give a real floating-point tensor")
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise TypeError(
+                f"dkm got a {name} of {tensor.dtype}: give a real floating-point tensor of 16 bits or more"
+            )
     num_groups, _, length = groups.shape
     num_channels = weight.shape[0] if weight.dim() else 1
     if num_channels % num_groups or (weight.numel() // num_groups) % length:

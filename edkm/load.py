@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -129,6 +130,11 @@ def _check_palette(name: str, shape: tuple[int, ...], *, stored: Mapping[str, _S
         check_parts(list(table.shape), list(indices.shape), shape=shape)
     except PaletteError as error:
         raise PaletteError(f"cannot load {name}: {error}") from error
+    if num_bad := int((~table.read(_joined(name, _TABLE)).isfinite()).sum()):
+        raise PaletteError(
+            f"cannot load {_joined(name, _TABLE)}: {num_bad} of its {math.prod(table.shape)} values are NaN "
+            "or infinite"
+        )
 
 
 def _require_names(expected: set[str], found: set[str]) -> None:

@@ -81,7 +81,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """Read a json object.
 
     Raises:
-        PaletteError: the file is missing, or not a json object.
+        PaletteError: the file is missing, cannot be read, or is not a json object.
     """
     try:
         found = json.loads(path.read_text())
@@ -89,7 +89,9 @@ def read_object(path: Path) -> dict[str, Any]:
         raise PaletteError(
             f"cannot load {path}: there is no such file; is this a palettized directory?"
         ) from error
-    except ValueError as error:
+    except OSError as error:
+        raise PaletteError(f"cannot load {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise PaletteError(f"cannot load {path}: it is not json ({error})") from error
     if not isinstance(found, dict):
         raise PaletteError(f"cannot load {path}: it is a json {type(found).__name__}, not an object")

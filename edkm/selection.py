@@ -142,9 +142,10 @@ def _require_clusterable(choice: Choice, config: DKMConfig) -> None:
             f"vectors of {config.vector_length}: both must divide its sides; "
             "leave it dense with an override of None"
         )
-    if weight.is_meta or not weight.is_floating_point() or weight.numel() == 0:
+    is_wide = weight.is_floating_point() and weight.element_size() > 1
+    if weight.is_meta or not is_wide or weight.numel() == 0:
         raise PaletteError(
             f"cannot cluster {name}: it is {weight.dtype} of shape {list(weight.shape)} on {weight.device}; "
-            "a weight needs floating-point values"
+            "a weight needs floating-point values of 16 bits or more"
         )
     require_finite(weight, attempt=f"cluster {name}")

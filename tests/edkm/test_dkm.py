@@ -216,7 +216,7 @@ def test_a_row_of_the_map_is_a_function_of_a_narrow_weight_and_lies_in_one_piece
         assert rows.unique(dim=0).shape[0] <= num_distinct
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
 def test_wrong_dtypes(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=r"dkm got a weight of .* real floating-point"):
         dkm(torch.zeros(4).to(dtype), torch.zeros(2), temperature=1.0, iterations=1)

@@ -127,7 +127,20 @@ def test_an_edited_manifest(directory: Path, edit: Callable[[dict[str, Any]], An
     refused(directory, message)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{", "\x00"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_table_that_is_not_finite(directory: Path, value: float) -> None:
+    name = "layers.0.up_proj.palette.table"
+    edit_tensors(directory, lambda tensors: tensors[name][0, 3].fill_(value))
+    refused(directory, f"cannot load {name}: 1 of its 8 values are NaN or infinite")
+
+
+def test_a_manifest_that_is_a_folder(directory: Path) -> None:
+    (directory / MANIFEST).unlink()
+    (directory / MANIFEST).mkdir()
+    refused(directory, "cannot load .*Is a directory")
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "\x00", "[" * 100_000])
 def test_a_manifest_that_is_no_object(directory: Path, text: str) -> None:
     (directory / MANIFEST).write_text(text)
     refused(directory, r"cannot load .*palettized\.json: it is (not json|a json list)")

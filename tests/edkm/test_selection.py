@@ -100,6 +100,16 @@ def test_sides_that_do_not_part(options: dict[str, int]) -> None:
         cluster(TinyLM(), DKMConfig(**options))
 
 
+def test_a_weight_of_eight_bits() -> None:
+    model = TinyLM()
+    module = model.get_submodule("layers.0.o_proj")
+    module.weight = torch.nn.Parameter(module.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(
+        PaletteError, match=r"cannot cluster layers\.0\.o_proj: it is torch\.float8_e4m3fn of"
+    ):
+        cluster(model, DKMConfig())
+
+
 def test_a_weight_without_values() -> None:
     with torch.device("meta"):
         model = TinyLM()
