@@ -53,7 +53,13 @@ def _fail(message: object, *, exit_code: int = 1) -> int:
 
 def _lines(result: dict[str, Any]) -> str:
     width = max(len(name) for name in result)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in result.items())
+    return "\n".join(f"{name:<{width}}  {_text(value)}" for name, value in result.items())
+
+
+def _text(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(each)}" for name, each in value.items())
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -41,14 +41,18 @@ def demo(directory: Path, *, base_steps: int = 500, clustered_steps: int = 100) 
     """
     began = time.monotonic()
     directory = fresh_directory(directory)
-    print(f"edkm: the demo writes to {directory}", file=sys.stderr)
+    _tell(f"the demo writes to {directory}")
     text, test_text = _write_texts(directory)
     base, packed, clustered = (directory / name for name in ("base", "kmeans", "edkm"))
+    _tell(f"1 of 4: train a tiny LLaMA on Python's own help, {base_steps} steps")
     with tempfile.TemporaryDirectory() as untrained:
         write_untrained(Path(untrained))
         memory = _train(untrained, text, output=base, steps=base_steps, learning_rate=0.1, dense=True)
+    _tell(f"2 of 4: pack it to {_BITS} bits by k-means")
     palettize_directory(str(base), packed, bits=_BITS, embedding_bits=None)
+    _tell(f"3 of 4: train it on clustered weights, {clustered_steps} steps, and pack it to {_BITS} bits")
     clustered_memory = _train(str(base), text, output=clustered, steps=clustered_steps, learning_rate=0.02)
+    _tell("4 of 4: score all three, and cluster by the plain layer and by the fused one")
     return {
         "rows": {
             "base, fp32": _row(base, test_text, memory),
@@ -60,6 +64,10 @@ def demo(directory: Path, *, base_steps: int = 500, clustered_steps: int = 100) 
         "files": sorted(str(path) for path in directory.rglob("*") if path.is_file()),
         "seconds": round(time.monotonic() - began, 1),
     }
+
+
+def _tell(text: str) -> None:
+    print(f"edkm: {text}", file=sys.stderr)
 
 
 def fresh_directory(wanted: Path) -> Path:

@@ -195,6 +195,23 @@ def test_a_missing_extra_is_named(
     assert f"{name} is missing, which the commands need: pip install 'edkm[llama]'" in line
 
 
+def test_a_result_is_for_reading(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    result = {
+        "output": "out",
+        "loss": {"soft": 2.6468976, "snapped": 11.30479},
+        "num_rows": 123456,
+        "bits": None,
+    }
+    monkeypatch.setattr(commands, "_eval", lambda _options: result)
+    assert main(["eval", "--model", "m", "--text", "t"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "output    out",
+        "loss      soft 2.6469, snapped 11.305",
+        "num_rows  123456",
+        "bits      None",
+    ]
+
+
 def test_the_demo_ends_with_a_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,9 @@ def test_a_file_of_that_name_is_left_alone(tmp_path: Path) -> None:
 def test_the_demo_compares_and_leaves_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "demo").mkdir()
     result = demo(tmp_path / "demo", base_steps=2, clustered_steps=1)
-    assert f"the demo writes to {tmp_path / 'demo-2'}" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"the demo writes to {tmp_path / 'demo-2'}" in told
+    assert [f"{part} of 4: " in told for part in range(1, 6)] == [True] * 4 + [False]
     base, packed, clustered = result["rows"].values()
     assert clustered["disk_bytes"] < packed["disk_bytes"] < base["disk_bytes"]
     assert clustered["peak_held_bytes"] < clustered["saved_bytes"]
