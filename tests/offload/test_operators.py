@@ -207,15 +207,17 @@ def test_few_samples_are_left_out(sweeps: dict[torch.dtype, Sweep]) -> None:
     )
 
 
-# A sample of an operator rarely saves two tensors of one length, one of 16 bits whose elements repeat.
-@pytest.mark.parametrize("codec", [codec.name for codec in DEFAULT_CODECS if codec.name != "tensor-keyed"])
+@pytest.mark.parametrize("codec", [codec.name for codec in DEFAULT_CODECS])
 def test_no_codec_stays_idle(codec: str, *, sweeps: dict[torch.dtype, Sweep]) -> None:
     """With its turn first a codec encodes much; left to choose, the default store uses each."""
+    # A sample rarely saves two tensors of one length, one of 16 bits whose elements repeat; and none so large
+    # that it would pay.
+    least, least_chosen = (20, 0) if codec == "tensor-keyed" else (500, 1)
     encoded = {
         name: sum(seen.num_by_stage[name][codec] for seen in sweeps.values()) for name in (codec, "uniquify")
     }
-    assert encoded[codec] >= 500, encoded
-    assert encoded["uniquify"] >= 1, encoded
+    assert encoded[codec] >= least, encoded
+    assert encoded["uniquify"] >= least_chosen, encoded
 
 
 def test_the_comparison_sees_the_sign_of_a_zero() -> None:
