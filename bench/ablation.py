@@ -3,14 +3,16 @@ in time.
 
     python -m bench.ablation --size 4096 --json
 
-One bf16 weight, 3 bits, one k-means iteration, in the operations whose saves add up to the paper's 1600 MiB
-at 4096 x 4096: `cdist`, `square`, `softmax`, `clamp` and two matmuls.
+With --ranks N every rank holds the same weight, and a weight above 2048 x 2048 has one timed step a row: the
+medians are then those of 2048 x 2048.
 """
 
 import argparse
 import json
+import resource
 import statistics
 import tempfile
+import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,16 +20,19 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import Tensor
 
 from bench.machine import keep, machine
 from bench.ranks import run_ranks
-from bench.rounds import median_ratio, step_seconds
+from bench.reference_graph import Graph, asked_bytes
+from bench.rounds import Inside, median_ratio, step_seconds
 from offload import SavedTensorStore
 
 _MIB = 2**20
 _RANK_COPIES = 75  # a rank's peak, in copies of the bf16 weight: 2.4 GiB at 4096 x 4096
+_MEDIANS_SIZE = 2048
+"""A larger weight's medians are taken at this size."""
+
 _PAPER = {
     "none": {"held_mib": 1600.0, "time_over_plain": 1.0},
     "dedupe": {"held_mib": 544.0, "time_over_plain": 1.04},
@@ -44,70 +49,6 @@ _WAYS: dict[str, dict[str, bool]] = {
     "dedupe+uniquify": {"uniquify": True},
     "dedupe+uniquify+shard": {"uniquify": True, "shard": True},
 }
-
-
-class Graph:
-    """The reference graph on fresh leaves; the weight is a parameter, so a store counts nothing for it."""
-
-    def __init__(self, size: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        weight = (torch.randn(size, size, generator=generator) * 0.02).bfloat16()
-        self.weight = nn.Parameter(weight)
-        self.centroids = nn.Parameter(torch.linspace(-0.045, 0.045, 8).bfloat16())
-        self._temperature = 4e-5
-        self._target = torch.randn(size, size, generator=generator).bfloat16()
-
-    def forward(self) -> Tensor:
-        """Return a loss on the clustered weight and the new centroids."""
-        rows = self.weight.reshape(-1, 1)
-        distance = torch.cdist(rows, self.centroids.reshape(-1, 1)).square()
-        attention = torch.softmax(-distance / self._temperature, dim=1).clamp(min=1e-8)
-        centroids = (attention.t() @ rows) / attention.sum(0)[:, None]
-        clustered = attention @ centroids
-        return _inner(clustered.view_as(self.weight), self._target)
-
-    def step(self, inside: AbstractContextManager[Any]) -> Tensor:
-        """Run forward inside a context on cleared gradients."""
-        self.weight.grad = self.centroids.grad = None
-        with inside:
-            return self.forward()
-
-    def gradients(self, inside: AbstractContextManager[Any]) -> list[Tensor]:
-        """Return both gradients, forward inside a context."""
-        self.step(inside).backward()
-        return [each.grad for each in (self.weight, self.centroids) if each.grad is not None]
-
-
-class _Inner(torch.autograd.Function):
-    """A loss that saves nothing that grows, so that the graph's saves are those of the paper's table."""
-
-    @staticmethod
-    def forward(ctx: Any, clustered: Tensor, target: Tensor) -> Tensor:
-        ctx.target = target
-        return (clustered.float() * target.float()).mean()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return (grad / ctx.target.numel()).to(ctx.target.dtype) * ctx.target, None
-
-
-def _inner(clustered: Tensor, target: Tensor) -> Tensor:
-    loss: Tensor = _Inner.apply(clustered, target)
-    return loss
-
-
-def asked_bytes(graph: Graph) -> tuple[int, int]:
-    """Return the bytes that autograd asks to keep for one step, and how many of them are the parameters'."""
-    asked, parameters = [0], [0]
-
-    def pack(tensor: Tensor) -> Tensor:
-        asked[0] += tensor.nbytes
-        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
-            parameters[0] += tensor.nbytes
-        return tensor.detach()
-
-    graph.step(saved_tensors_hooks(pack, lambda tensor: tensor))
-    return asked[0], parameters[0]
 
 
 def measure(size: int, *, num_rounds: int) -> dict[str, Any]:
@@ -133,27 +74,46 @@ def measure(size: int, *, num_rounds: int) -> dict[str, Any]:
     }
 
 
-def measure_rank(rank: int, size: str, num_rounds: str, folder: str) -> None:
+def measure_rank(rank: int, size: str, medians_size: str, num_rounds: str, folder: str) -> None:
     """Write this rank's table, of all rows, to `folder`; every rank runs each row's step at the same time."""
     torch.set_num_threads(1)
     graph = Graph(int(size))
     plain = [gradient.clone() for gradient in graph.gradients(nullcontext())]
     rows = {name: _bytes_of(graph, plain, **options) for name, options in _WAYS.items()}
-    ways = {"plain": nullcontext} | {name: _entering(**options) for name, options in _WAYS.items()}
+    if int(size) != int(medians_size):
+        for name, each in _rank_seconds(graph, num_rounds=1).items():
+            rows[name]["one_step_over_plain"] = each["time_over_plain"]
+        graph = Graph(int(medians_size))
+    for name, each in _rank_seconds(graph, num_rounds=int(num_rounds)).items():
+        rows[name] |= each
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    Path(folder, f"{rank}.json").write_text(json.dumps({"rows": rows, "peak_bytes": peak_bytes}))
+
+
+def _rank_seconds(graph: Graph, *, num_rounds: int) -> dict[str, dict[str, float]]:
+    ways: dict[str, Inside] = {"plain": nullcontext}
+    ways |= {name: _entering(**options) for name, options in _WAYS.items()}
 
     def step(inside: AbstractContextManager[Any]) -> Tensor:
         dist.barrier()
         return graph.step(inside)
 
-    seconds = step_seconds(step, ways, num_rounds=int(num_rounds), num_warmup=0)
-    for name, row in rows.items():
-        row["time_over_plain"] = round(median_ratio(seconds[name], seconds["plain"]), 3)
-    Path(folder, f"{rank}.json").write_text(json.dumps(rows))
+    seconds = step_seconds(step, ways, num_rounds=num_rounds, num_warmup=0)
+    return {
+        name: {
+            f"time_over_{base}": round(median_ratio(seconds[name], seconds[base]), 3)
+            for base in ("plain", "none")
+        }
+        for name in _WAYS
+    }
 
 
-def measure_ranks(size: int, *, num_ranks: int, num_rounds: int) -> dict[str, Any]:
+def measure_ranks(
+    size: int, *, num_ranks: int, num_rounds: int, medians_size: int = _MEDIANS_SIZE
+) -> dict[str, Any]:
     """Return the table of a job of `num_ranks` ranks on this machine that all hold the same weight: of each
-    row the most that a rank held, what all of them held, and the median rank's time.
+    row the most that a rank held, what all of them held, and the median rank's time, over `num_rounds` steps
+    of a weight that has at most `medians_size` rows. Of a larger one a single step is timed.
 
     Raises:
         SystemExit: all ranks together need more memory than there is.
@@ -164,21 +124,27 @@ def measure_ranks(size: int, *, num_ranks: int, num_rounds: int) -> dict[str, An
             f"{num_ranks} ranks at {size} x {size} need about {needed / 2**30:.1f} GiB, and "
             f"{room / 2**30:.1f} GiB are free; give a smaller --size or fewer --ranks"
         )
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         run_ranks(
             "bench.ablation:measure_rank",
             str(size),
+            str(min(size, medians_size)),
             str(num_rounds),
             folder,
             num_ranks=num_ranks,
             timeout_seconds=3000,
         )
         ranks = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(num_ranks)]
-    rows = {name: _over_ranks([rank[name] for rank in ranks]) for name in _WAYS}
+    rows = {name: _over_ranks([rank["rows"][name] for rank in ranks]) for name in _WAYS}
     return {
         "size": size,
         "num_ranks": num_ranks,
-        "most_memory_gib": round(needed / 2**30, 2),
+        "medians_of_rounds": num_rounds,
+        "medians_size": min(size, medians_size),
+        "seconds": round(time.monotonic() - began, 1),
+        # Each rank's own most, whenever that was; what ranks map together counts for each of them.
+        "peak_memory_gib": round(sum(rank["peak_bytes"] for rank in ranks) / 2**30, 2),
         "rows": rows,
         "paper": _PAPER,
         "machine": machine(),
@@ -194,7 +160,10 @@ def _over_ranks(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "num_by_stage": rows[0]["num_by_stage"],
         "bit_identical": all(row["bit_identical"] for row in rows),
         "held_after_backward_bytes": max(row["held_after_backward_bytes"] for row in rows),
-        "time_over_plain": statistics.median(row["time_over_plain"] for row in rows),
+    } | {
+        name: statistics.median(row[name] for row in rows)
+        for name in ("one_step_over_plain", "time_over_plain", "time_over_none")
+        if name in rows[0]
     }
 
 
@@ -256,22 +225,34 @@ def main() -> None:
         result = measure(options.size, num_rounds=options.rounds)
     if options.keep:
         keep("ablation" if options.ranks == 1 else f"ablation-{options.size}-ranks{options.ranks}", result)
-    print(json.dumps(result, indent=1) if options.json else _table(result))
+    print(json.dumps(result, indent=1) if options.json else table(result))
 
 
-def _table(result: dict[str, Any]) -> str:
-    asked = result.get("asked_mib")
+def table(result: dict[str, Any]) -> str:
+    """Return the result as lines for people, the paper's bytes and times beside ours."""
     lines = [
-        f"{result['num_ranks']} ranks, figures of the rank that held most"
-        if asked is None
-        else f"asked {asked:.1f} MiB, {result['asked_for_parameters_mib']:.1f} of them parameters",
-        f"{'':22} {'held MiB':>10} {'peak MiB':>10} {'time':>6}  gradients",
+        _of_ranks(result) if "medians_size" in result else _of_one(result),
+        f"{'':22} {'held MiB':>10} {'paper':>7} {'peak MiB':>10} {'time':>6} {'paper':>6}  gradients",
     ]
     for name, row in result["rows"].items():
-        same = "equal" if row["bit_identical"] else "DIFFER"
-        sizes = f"{row['held_mib']:>10.2f} {row['peak_held_mib']:>10.2f}"
-        lines.append(f"{name:22} {sizes} {row['time_over_plain']:>5.2f}x  {same}")
+        same, paper = "equal" if row["bit_identical"] else "DIFFER", result["paper"][name]
+        sizes = f"{row['held_mib']:>10.2f} {paper['held_mib']:>7.1f} {row['peak_held_mib']:>10.2f}"
+        times = f"{row['time_over_plain']:>5.2f}x {paper['time_over_plain']:>5.2f}x"
+        lines.append(f"{name:22} {sizes} {times}  {same}")
     return "\n".join(lines)
+
+
+def _of_one(result: dict[str, Any]) -> str:
+    return f"asked {result['asked_mib']:.1f} MiB, {result['asked_for_parameters_mib']:.1f} of them parameters"
+
+
+def _of_ranks(result: dict[str, Any]) -> str:
+    size, medians_size = result["size"], result["medians_size"]
+    return (
+        f"{result['num_ranks']} ranks at {size} x {size} in {result['peak_memory_gib']:.1f} GiB and "
+        f"{result['seconds']:.0f} s; held and peak of the rank that held most, times at "
+        f"{medians_size} x {medians_size}"
+    )
 
 
 if __name__ == "__main__":

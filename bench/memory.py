@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.ablation import Graph
 from bench.llama import LlamaStep
+from bench.reference_graph import Graph
 from offload import SavedTensorStore
 
 BASELINE = Path(__file__).parent / "baseline.json"

@@ -1,11 +1,13 @@
 """Run a function on several ranks of one machine, each a process of its own, without torchrun."""
 
+import faulthandler
 import gc
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch.distributed as dist
@@ -24,12 +26,14 @@ def run_ranks(
     """Run `module:function` with a rank's number and `arguments`, and return what each rank printed.
 
     Raises:
-        AssertionError: a rank failed, or did not end in time. Those in `killed` must end by SIGKILL.
+        AssertionError: a rank failed, or did not end in time, and then where each of its threads was. Those
+            in `killed` must end by SIGKILL.
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = [_start(function, arguments, rank, num_ranks, folder) for rank in range(num_ranks)]
         try:
-            outputs = [rank.communicate(timeout=timeout_seconds)[0] for rank in ranks]
+            until = time.monotonic() + timeout_seconds
+            outputs = [_output(rank, until=until) for rank in ranks]
         finally:
             for rank in ranks:
                 rank.kill()
@@ -49,8 +53,17 @@ def _start(
     )
 
 
+def _output(rank: subprocess.Popen[str], *, until: float) -> str:
+    try:
+        return rank.communicate(timeout=max(0.0, until - time.monotonic()))[0]
+    except subprocess.TimeoutExpired:
+        rank.send_signal(signal.SIGABRT)  # which makes it say where it is
+        return rank.communicate()[0]
+
+
 def main(function: str, rank: str, num_ranks: str, folder: str, *arguments: str) -> None:
     """Join the group and call the function."""
+    faulthandler.enable()
     store = dist.FileStore(f"{folder}/store", int(num_ranks))
     dist.init_process_group("gloo", store=store, rank=int(rank), world_size=int(num_ranks))
     module, _, name = function.partition(":")

@@ -6,7 +6,6 @@ python -m bench.shard --json
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from bench.machine import keep, machine
 from bench.ranks import run_ranks
+from bench.rounds import median_ratio
 from offload import SavedTensorStore
 from offload.sharding.gathers import Gathers
 
@@ -29,10 +29,13 @@ _NUM_LAYERS = 4
 _MIB = 2**20
 _SIZES_MIB = (4, 32)
 _RANKS = (2, 4, 8)
+_TIMED_MIB = 160
+"""Rounds that together save so much of each activation: short steps need more of them."""
+_LEAST_ROUNDS = 10
 
 
 def measure_rank(rank: int, size_mib: str, num_rounds: str, folder: str) -> None:
-    """Write this rank's median seconds and bytes of each way to `folder`."""
+    """Write this rank's seconds, a figure a round, and bytes of each way to `folder`."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     weights = [
@@ -50,7 +53,10 @@ def measure_rank(rank: int, size_mib: str, num_rounds: str, folder: str) -> None
     seconds: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": []} for name in ways}
     held = dict.fromkeys(ways, 0.0)
     for number in range(int(num_rounds) + 1):
-        for name, store in ways.items():
+        # Each way takes its turn behind each other: what a step leaves in caches and heap is the next one's.
+        turn = number % len(ways)
+        for name in [*ways][turn:] + [*ways][:turn]:
+            store = ways[name]
             # Fresh bytes in every step, the same on each rank: what a tensor-parallel batch is.
             batch = torch.randn(rows, _WIDTH, generator=torch.Generator().manual_seed(number))
             dist.barrier()
@@ -64,11 +70,8 @@ def measure_rank(rank: int, size_mib: str, num_rounds: str, folder: str) -> None
             if number:
                 seconds[name]["forward"].append(forward_seconds)
                 seconds[name]["backward"].append(time.perf_counter() - start)
-    medians = {
-        name: {when: statistics.median(each) for when, each in times.items()} | {"held_mib": held[name]}
-        for name, times in seconds.items()
-    }
-    Path(folder, f"{rank}.json").write_text(json.dumps(medians))
+    rows = {name: times | {"held_mib": held[name]} for name, times in seconds.items()}
+    Path(folder, f"{rank}.json").write_text(json.dumps(rows))
 
 
 def _without_prefetch() -> AbstractContextManager[Any]:
@@ -86,8 +89,11 @@ def _timed_forward(
     return time.perf_counter() - start, loss
 
 
-def measure(size_mib: int, *, num_ranks: int, num_rounds: int) -> dict[str, Any]:
-    """Return a row for each way: the slowest rank's medians, over the same rank's without a store."""
+def measure(size_mib: int, *, num_ranks: int, num_rounds: int | None = None) -> dict[str, Any]:
+    """Return a row for each way: of the rank that fares worst, the median over rounds of its time over that
+    without a store in the same round.
+    """
+    num_rounds = num_rounds or max(_LEAST_ROUNDS, _TIMED_MIB // size_mib)
     with tempfile.TemporaryDirectory() as folder:
         arguments = (str(size_mib), str(num_rounds), folder)
         run_ranks("bench.shard:measure_rank", *arguments, num_ranks=num_ranks, timeout_seconds=900)
@@ -104,7 +110,7 @@ def measure(size_mib: int, *, num_ranks: int, num_rounds: int) -> dict[str, Any]
 
 
 def _worst(ranks: list[dict[str, Any]], name: str, *, when: str, base: str = "no store") -> float:
-    return round(max(rank[name][when] / rank[base][when] for rank in ranks), 3)
+    return round(max(median_ratio(rank[name][when], rank[base][when]) for rank in ranks), 3)
 
 
 def main() -> None:
@@ -114,7 +120,9 @@ def main() -> None:
     )
     parser.add_argument("--size", type=int, action="append", help="MiB of an activation (default 4 and 32)")
     parser.add_argument("--ranks", type=int, action="append", help="ranks of the job (default 2, 4 and 8)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each way (default 5)")
+    parser.add_argument(
+        "--rounds", type=int, help="timed steps of each way (default 40 at 4 MiB, fewer at more, 10 at least)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--keep", action="store_true", help="also write it to bench/results/")
     options = parser.parse_args()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from offload.digest import digest_of_bytes, view_of
 from offload.sharding.folder import Folder
-from offload.sharding.mapping import map_private
+from offload.sharding.mapping import Mapping, map_private, tensor_on
 
 _NUM_TRIED = 2
 
@@ -64,8 +64,10 @@ class Arena:
                     path.unlink()
         self._unused = {path for paths in self._free.values() for path in paths}
 
-    def adopt(self, digest: bytes, num_bytes: int) -> "tuple[Tensor, Tensor] | None":
-        """Return two mappings of the published file with these bytes; None if there is none."""
+    def adopt(self, digest: bytes, num_bytes: int) -> tuple[Mapping, Mapping] | None:
+        """Return two mappings of the published file with these bytes, the first one read; None if there is
+        none.
+        """
         try:
             file = os.open(self._named(digest), os.O_RDWR | os.O_CLOEXEC)
         except OSError:
@@ -80,9 +82,9 @@ class Arena:
         finally:
             os.close(file)
 
-    def publish(self, digest: bytes, flat: Tensor) -> "tuple[Tensor, Tensor, Published] | None":
-        """Write `flat`, uint8 `[n]`, to a file that then gets its name, and return two mappings of it; None
-        where another rank is at it, or there is no room.
+    def publish(self, digest: bytes, flat: Tensor) -> "tuple[Mapping, Mapping, Published] | None":
+        """Write `flat`, uint8 `[n]`, to a file that then gets its name, and return two mappings of it, the
+        first one read; None where another rank is at it, or there is no room.
         """
         elected = self._folder / f"{digest.hex()}.part"
         try:
@@ -97,7 +99,7 @@ class Arena:
             with contextlib.suppress(OSError):
                 elected.unlink()
 
-    def _write(self, digest: bytes, flat: Tensor) -> "tuple[Tensor, Tensor, Published] | None":
+    def _write(self, digest: bytes, flat: Tensor) -> "tuple[Mapping, Mapping, Published] | None":
         path, file = self._file(flat.numel())
         try:
             _write_all(file, view_of(flat))
@@ -162,9 +164,9 @@ def _remove(ended: "deque[tuple[int, Path]]", free: dict[int, list[Path]], *, ow
                 path.unlink()
 
 
-def _checked(file: int, digest: bytes, *, num_bytes: int) -> tuple[Tensor, Tensor] | None:
-    kept = map_private(file, num_bytes)
-    return (kept, map_private(file, num_bytes)) if digest_of_bytes(kept) == digest else None
+def _checked(file: int, digest: bytes, *, num_bytes: int) -> tuple[Mapping, Mapping] | None:
+    read = map_private(file, num_bytes)
+    return (read, map_private(file, num_bytes)) if digest_of_bytes(tensor_on(read)) == digest else None
 
 
 def _write_all(file: int, view: memoryview) -> None:

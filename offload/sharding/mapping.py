@@ -18,9 +18,12 @@ _unmap = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)(("munm
 _FAILED = ctypes.c_void_p(-1).value
 
 
-def map_private(file: int, num_bytes: int) -> Tensor:
-    """Return the first bytes of an open file, 1 or more, uint8 `[num_bytes]`; what is written to them stays
-    in this process.
+Mapping = ctypes.Array[ctypes.c_uint8]
+"""Bytes of a file. Its end unmaps them."""
+
+
+def map_private(file: int, num_bytes: int) -> Mapping:
+    """Return the first bytes of an open file, 1 or more; what is written to them stays in this process.
 
     Python's and torch's own mappings keep the file open, or open it anew. This one keeps only what the file
     was opened as: a lock that was taken on it holds as long as the memory, and no file number is in use.
@@ -34,4 +37,9 @@ def map_private(file: int, num_bytes: int) -> Tensor:
         raise OSError(code, os.strerror(code))
     memory = (ctypes.c_uint8 * num_bytes).from_address(address)
     weakref.finalize(memory, _unmap, address, num_bytes).atexit = False
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    return memory
+
+
+def tensor_on(mapping: Mapping) -> Tensor:
+    """Return a tensor uint8 `[n]` on a storage of its own, which keeps the mapping alive."""
+    return torch.frombuffer(mapping, dtype=torch.uint8)

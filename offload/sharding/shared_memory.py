@@ -7,6 +7,8 @@ adopts it hashes it first. A rank that dies, leaves early or sees other data onl
 
 import contextlib
 import os
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -21,6 +23,7 @@ from offload.sharding.arena import Arena, Published
 from offload.sharding.base import Sharding
 from offload.sharding.folder import Folder, remove_abandoned
 from offload.sharding.group import group_of, host_name, job_store
+from offload.sharding.mapping import Mapping, tensor_on
 from offload.stats import Ledger
 
 _DIRECTORY = "/dev/shm"
@@ -111,17 +114,18 @@ class SharedMemory(Sharding):
 
 
 class _FileLease(Lease):
-    """A hold of a file's bytes, as two mappings: one stays, the other is handed out once. The bytes live as
-    long as either is mapped by any rank.
+    """A hold of a file's bytes, as two mappings: one is handed out, to one reader after the other as long as
+    none writes to it, the other is kept as it is. The bytes live as long as either is mapped by any rank.
     """
 
-    __slots__ = ("_arena", "_digest", "_kept", "_num_holders", "_published", "_spare")
+    __slots__ = ("_arena", "_digest", "_handed_out", "_kept", "_num_holders", "_published")
 
     def __init__(
-        self, mappings: tuple[Tensor, Tensor], digest: bytes, *, arena: Arena, published: Published | None
+        self, mappings: tuple[Mapping, Mapping], digest: bytes, *, arena: Arena, published: Published | None
     ) -> None:
-        self._kept = mappings[0]
-        self._spare: Tensor | None = mappings[1]
+        # The first was read: its pages are at hand, and finding them is what costs most.
+        self._handed_out: list[tuple[Mapping, Callable[[], object]]] = [(mappings[0], _nobody)]
+        self._kept = mappings[1]
         self._digest = digest
         self._num_holders = 1
         self._published = published
@@ -130,7 +134,7 @@ class _FileLease(Lease):
     @property
     def num_bytes(self) -> int:
         """An equal share of the file."""
-        return -(-self._kept.numel() // self._num_holders)
+        return -(-len(self._kept) // self._num_holders)
 
     @property
     def is_near(self) -> bool:
@@ -146,22 +150,43 @@ class _FileLease(Lease):
 
     def read(self) -> Tensor:
         """Return the bytes; raises RankMismatchError if they are not those that were agreed."""
-        return self._checked(self._kept)
-
-    def read_own(self) -> Tensor:
-        """Return the mapping that is to be handed out, a copy the next time."""
-        spare, self._spare = self._spare, None
-        return self._checked(spare) if spare is not None else self.read().clone()
-
-    def _checked(self, mapping: Tensor) -> Tensor:
-        found = digest_of_bytes(mapping)
+        kept = tensor_on(self._kept)
+        found = digest_of_bytes(kept)
         if found != self._digest:
             raise RankMismatchError(
-                f"its {mapping.numel()} bytes in shared memory have digest {found.hex()} now and had "
+                f"its {kept.numel()} bytes in shared memory have digest {found.hex()} now and had "
                 f"{self._digest.hex()} when they were agreed: another process wrote to them. Run the step "
                 "again; if it comes back, use shard=False and report it."
             )
+        return kept
+
+    def read_own(self) -> Tensor:
+        """Return a mapping that no other reader has, a new one if need be; a copy where the file has lost its
+        name, as it does when the rank that published it is gone, or steps ahead.
+        """
+        mapping = self._handed_back()
+        if mapping is None:
+            adopted = self._arena.adopt(self._digest, len(self._kept))
+            if adopted is None:
+                return self.read().clone()
+            mapping = adopted[0]
+        own = tensor_on(mapping)
+        self._handed_out.append((mapping, weakref.ref(own.untyped_storage())))
+        return own
+
+    def _handed_back(self) -> Mapping | None:
+        """Return the mapping that was handed out last, if its reader is gone and has not written to it."""
+        try:
+            mapping, reader = self._handed_out.pop()  # whoever pops it has it alone
+        except IndexError:
+            return None
+        if reader() is not None or digest_of_bytes(tensor_on(mapping)) != self._digest:
+            return None
         return mapping
+
+
+def _nobody() -> None:
+    """Be the reference to the reader of what was never handed out."""
 
 
 def _job_name(group: "dist.ProcessGroup", directory: Path) -> str:

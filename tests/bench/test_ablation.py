@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.ablation import measure, measure_ranks
+from bench.ablation import measure, measure_ranks, table
 
 
 def test_the_table_at_a_small_size() -> None:
@@ -20,9 +20,17 @@ def test_the_table_at_a_small_size() -> None:
 
 def test_two_ranks_hold_a_half_each() -> None:
     scale = (256 / 4096) ** 2
-    rows = measure_ranks(256, num_ranks=2, num_rounds=1)["rows"]
+    result = measure_ranks(256, num_ranks=2, num_rounds=2, medians_size=128)
+    rows = result["rows"]
     assert rows["dedupe+shard"]["held_mib"] <= 400 * scale
     assert rows["dedupe+shard"]["group_held_mib"] <= 800 * scale
+    # One step of this size, medians of a smaller one, and beside them the paper's.
+    assert (result["medians_size"], result["medians_of_rounds"]) == (128, 2)
+    assert all(min(row["one_step_over_plain"], row["time_over_plain"]) > 0 for row in rows.values())
+    assert [each["time_over_plain"] for each in result["paper"].values()] == [1.0, 1.04, 1.1, 1.84, 1.72]
+    told = table(result)
+    assert "at 128 x 128" in told
+    assert all(name in told for name in ("none", "dedupe+uniquify+shard", "1600.0", "12.3"))
     assert all(row["bit_identical"] and row["held_after_backward_bytes"] == 0 for row in rows.values())
 
 
