@@ -20,7 +20,8 @@ class DKMConfig:
         overrides: bits, or None for dense, by a pattern (`fnmatch`) on the module's name; the first that
             matches counts.
         vector_length: how many neighbouring weights of a row are clustered together.
-        group_channels: how many output channels share a palette; None is one palette a weight.
+        num_groups: equal parts of a linear's output channels, with a palette each; the largest number that
+            divides both this and the channels. What trains dense has one palette.
         iterations: of k-means in each forward pass.
         epsilon: stop iterating when no centroid moved further than this, in units of the weight's standard
             deviation; 0 runs every iteration.
@@ -39,7 +40,7 @@ class DKMConfig:
     embedding_bits: int | None = None
     overrides: Mapping[str, int | None] = field(default_factory=dict)
     vector_length: int = 1
-    group_channels: int | None = None
+    num_groups: int = 1
     iterations: int = 3
     epsilon: float = 0.0
     temperature: float = 0.03
@@ -49,12 +50,10 @@ class DKMConfig:
 
     def __post_init__(self) -> None:
         _check_count("bits", self.bits, maximum=8)
-        for name in ("vector_length", "iterations", "num_steps"):
+        for name in ("vector_length", "num_groups", "iterations", "num_steps"):
             _check_count(name, getattr(self, name))
         if self.embedding_bits is not None:
             _check_count("embedding_bits", self.embedding_bits, maximum=8)
-        if self.group_channels is not None:
-            _check_count("group_channels", self.group_channels)
         for pattern, bits in self.overrides.items():
             if bits is not None:
                 _check_count(f"overrides[{pattern!r}]", bits, maximum=8)

@@ -47,7 +47,13 @@ def demo(directory: Path, *, base_steps: int = 500, clustered_steps: int = 100) 
     with tempfile.TemporaryDirectory() as untrained:
         write_untrained(Path(untrained))
         memory = _train(untrained, text, output=base, steps=base_steps, learning_rate=0.1, dense=True)
-    palettize_directory(str(base), packed, bits=_BITS, embedding_bits=None)
+    palettize_directory(
+        str(base),
+        packed,
+        bits=_BITS,
+        embedding_bits=Recipe.embedding_bits,
+        num_groups=Recipe.num_groups,
+    )
     clustered_memory = _train(str(base), text, output=clustered, steps=clustered_steps, learning_rate=0.02)
     return {
         "rows": {
