@@ -22,7 +22,7 @@ class DKMConfig:
         vector_length: how many neighbouring weights of a row are clustered together.
         num_groups: equal parts of a linear's output channels, with a palette each; the largest number that
             divides both this and the channels. What trains dense has one palette.
-        iterations: of k-means in each forward pass.
+        iterations: of k-means in each forward pass; centroids are carried from step to step.
         epsilon: stop iterating when no centroid moved further than this, in units of the weight's standard
             deviation; 0 runs every iteration.
         temperature: of the attention at the first step, in units of the weight's variance.
@@ -41,11 +41,11 @@ class DKMConfig:
     overrides: Mapping[str, int | None] = field(default_factory=dict)
     vector_length: int = 1
     num_groups: int = 1
-    iterations: int = 3
+    iterations: int = 1
     epsilon: float = 0.0
     temperature: float = 0.03
     final_temperature: float = 0.002
-    num_steps: int = 700
+    num_steps: int = 1400
     table_dtype: str | None = None
 
     def __post_init__(self) -> None:

@@ -45,7 +45,7 @@ class Recipe:
     num_groups: int = 4
     dense: bool = False
     distill: float = 0.0
-    steps: int = 700
+    steps: int = 1400
     learning_rate: float = 0.01
     batch_size: int = 8
     accumulate: int = 1
