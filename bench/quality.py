@@ -117,7 +117,7 @@ def main() -> None:
     for path in (Path(options.model), options.data, options.text):
         if not path.exists():
             parser.error(f"{path} is not there: name your own with --model, --data and --text")
-    recipe = Recipe(options.model, options.data, embedding_bits=8, steps=options.steps)
+    recipe = Recipe(options.model, options.data, steps=options.steps)
     try:
         rows = compare(Comparison(recipe, options.text, seconds=options.seconds), rows=options.only)
     except ValueError as error:

@@ -1,6 +1,7 @@
 """What a user would pick instead of eDKM, each on a fresh copy of the dense model, at the same bits."""
 
 import importlib.util
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -107,10 +108,10 @@ def sensitive(rival: Rival) -> Made:
             squares[name] += linear.weight.grad.square()
     for name, linear in linears.items():
         weight = linear.weight.detach()
-        centroids = _k_means(weight, 2**rival.recipe.bits)
+        centroids = _k_means(weight, rival.recipe)
         for _ in range(_MAX_ROUNDS):
             centroids = _means(weight, centroids, counts=squares[name])
-        put_palette(model, name, palette=Palette.snap(weight, centroids[None, :, None]))
+        put_palette(model, name, palette=Palette.snap(weight, centroids.unsqueeze(2)))
     return Made(palettize(model, _config(rival)), notes={"num_calibration_rows": len(rows)})
 
 
@@ -119,14 +120,15 @@ class StraightThrough(nn.Module):
 
     centroids: Tensor
 
-    def __init__(self, weight: Tensor, *, bits: int) -> None:
+    def __init__(self, weight: Tensor, *, recipe: Recipe) -> None:
         super().__init__()
-        self.register_buffer("centroids", _k_means(weight.detach(), 2**bits))
+        self.register_buffer("centroids", _k_means(weight.detach(), recipe))
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the snapped weight, with the gradient of the dense one."""
         dense = weight.detach()
-        return self.centroids[_nearest(dense, self.centroids)] + (weight - dense)
+        snapped = self.centroids.gather(1, _nearest(dense, self.centroids)).view(dense.shape)
+        return snapped + (weight - dense)
 
 
 class StraightThroughWeights(Clustering):
@@ -151,13 +153,13 @@ def straight_through(rival: Rival) -> Made:
         model = rival.model()
         linears = dict(_decoder_linears(model))
         for linear in linears.values():
-            register_parametrization(linear, "weight", StraightThrough(linear.weight, bits=rival.recipe.bits))
+            register_parametrization(linear, "weight", StraightThrough(linear.weight, recipe=rival.recipe))
         return model, StraightThroughWeights(model, linears)
 
     model, notes = _trained(rival, attach)
     for name, linear in list(_decoder_linears(model)):
         steps: Any = linear.parametrizations
-        palette = Palette.snap(steps.weight.original, steps.weight[0].centroids[None, :, None])
+        palette = Palette.snap(steps.weight.original, steps.weight[0].centroids.unsqueeze(2))
         remove_parametrizations(linear, "weight")
         put_palette(model, name, palette=palette)
     return Made(palettize(model, _config(rival)), notes=notes)
@@ -230,7 +232,8 @@ def _counted(model: nn.Module, rival: Rival, *, num_bits: int, num_weights: int)
 
 
 def _config(rival: Rival) -> DKMConfig:
-    return DKMConfig(bits=rival.recipe.bits, embedding_bits=rival.recipe.embedding_bits)
+    recipe = rival.recipe
+    return DKMConfig(bits=recipe.bits, embedding_bits=recipe.embedding_bits, num_groups=recipe.num_groups)
 
 
 def _decoder_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -239,20 +242,24 @@ def _decoder_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _k_means(weight: Tensor, num_centroids: int) -> Tensor:
-    return starting_centroids(weight, num_centroids=num_centroids).flatten()
+def _k_means(weight: Tensor, recipe: Recipe) -> Tensor:
+    """Centroids of each group of output channels, `[G, K]`, as many groups as eDKM has."""
+    num_groups = math.gcd(recipe.num_groups, weight.shape[0])
+    return starting_centroids(weight, num_centroids=2**recipe.bits, num_groups=num_groups).squeeze(2)
 
 
 def _nearest(weight: Tensor, centroids: Tensor) -> Tensor:
-    return torch.bucketize(weight, (centroids[1:] + centroids[:-1]) / 2)
+    """The index of each weight's nearest centroid in its group, `[G, N]`."""
+    groups = weight.reshape(len(centroids), -1)
+    return torch.searchsorted((centroids[:, 1:] + centroids[:, :-1]) / 2, groups)
 
 
 def _means(weight: Tensor, centroids: Tensor, counts: Tensor | None = None) -> Tensor:
     """Weighted mean of the weights nearest to each centroid, sorted; itself where there are none."""
-    nearest = _nearest(weight, centroids).flatten()
-    wide = weight.flatten().double()
-    mass = torch.ones_like(wide) if counts is None else counts.flatten().double()
-    sums = torch.bincount(nearest, weights=mass * wide, minlength=centroids.numel())
-    total = torch.bincount(nearest, weights=mass, minlength=centroids.numel())
+    nearest = _nearest(weight, centroids)
+    wide = weight.reshape(nearest.shape).double()
+    mass = torch.ones_like(wide) if counts is None else counts.reshape(nearest.shape).double()
+    sums = torch.zeros_like(centroids, dtype=torch.float64).scatter_add_(1, nearest, mass * wide)
+    total = torch.zeros_like(sums).scatter_add_(1, nearest, mass)
     moved = torch.where(total > 0, sums / total, centroids.double())
-    return moved.to(centroids.dtype).sort().values
+    return moved.to(centroids.dtype).sort(dim=1).values

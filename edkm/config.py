@@ -20,8 +20,9 @@ class DKMConfig:
         overrides: bits, or None for dense, by a pattern (`fnmatch`) on the module's name; the first that
             matches counts.
         vector_length: how many neighbouring weights of a row are clustered together.
-        group_channels: how many output channels share a palette; None is one palette a weight.
-        iterations: of k-means in each forward pass.
+        num_groups: equal parts of a linear's output channels, with a palette each; the largest number that
+            divides both this and the channels. What trains dense has one palette.
+        iterations: of k-means in each forward pass; centroids are carried from step to step.
         epsilon: stop iterating when no centroid moved further than this, in units of the weight's standard
             deviation; 0 runs every iteration.
         temperature: of the attention at the first step, in units of the weight's variance.
@@ -39,22 +40,20 @@ class DKMConfig:
     embedding_bits: int | None = None
     overrides: Mapping[str, int | None] = field(default_factory=dict)
     vector_length: int = 1
-    group_channels: int | None = None
-    iterations: int = 3
+    num_groups: int = 1
+    iterations: int = 1
     epsilon: float = 0.0
     temperature: float = 0.03
     final_temperature: float = 0.002
-    num_steps: int = 700
+    num_steps: int = 1400
     table_dtype: str | None = None
 
     def __post_init__(self) -> None:
         _check_count("bits", self.bits, maximum=8)
-        for name in ("vector_length", "iterations", "num_steps"):
+        for name in ("vector_length", "num_groups", "iterations", "num_steps"):
             _check_count(name, getattr(self, name))
         if self.embedding_bits is not None:
             _check_count("embedding_bits", self.embedding_bits, maximum=8)
-        if self.group_channels is not None:
-            _check_count("group_channels", self.group_channels)
         for pattern, bits in self.overrides.items():
             if bits is not None:
                 _check_count(f"overrides[{pattern!r}]", bits, maximum=8)

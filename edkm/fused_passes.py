@@ -6,14 +6,18 @@ its memory is that of a piece. docs/paper.md has the algebra.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 # Entries of a piece's map: on a CPU a few such maps fit into a core's cache, elsewhere they fill the device.
 _CPU_PIECE_ENTRIES = 1 << 18
 _PIECE_ENTRIES = 1 << 24
+# Of the smallest normal number's logarithm: products of an attention above it are normal, too.
+_NORMAL_SHARE = 0.7
 
 _Place = tuple[slice, slice]  # which groups, and which of their rows
 
@@ -169,12 +173,18 @@ def _piece(rows: Rows, place: _Place) -> torch.Tensor:
 
 
 def _attention(rows: Rows, piece: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """Softmax over the centroids, `[G, K, N]`."""
+    """Softmax over the centroids, `[G, K, N]`, of which what could not be told from zero is zero.
+
+    Most of a cold map is subnormal otherwise, and each pass over it takes more than twice as long. What a
+    centroid would lose with it is far below the mass from which it is occupied.
+    """
     distance = _dot(
         (row.unsqueeze(1) - centroid.unsqueeze(2)).square_()
         for row, centroid in zip(piece.unbind(1), centroids.unbind(2), strict=True)
     )
-    return torch.softmax(distance.div_(-rows.temperature), dim=1)
+    exponent = distance.sub_(distance.amin(dim=1, keepdim=True)).div_(-rows.temperature)
+    least = _NORMAL_SHARE * math.log(torch.finfo(exponent.dtype).tiny)
+    return torch.softmax(F.threshold(exponent, least, -math.inf, inplace=True), dim=1)
 
 
 def _dot(products: Iterator[torch.Tensor]) -> torch.Tensor:

@@ -11,6 +11,7 @@ from edkm.shards import is_sharded, require_finite, shard_of, summed, whole
 _MAX_ROUNDS = 50
 _MAX_CELLS = 512
 _CHUNK = 1 << 21
+_MAX_SORTED = 1 << 16
 _MAX_VECTORS = 1 << 16
 _MAX_VECTOR_ROUNDS = 30
 # Beyond the first 20 bits of a float32 there is less than a two-thousandth of its value.
@@ -70,11 +71,14 @@ def _scalars(means: torch.Tensor, counts: torch.Tensor, *, num_centroids: int) -
 def _histogram(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and count of each bin that has weights in it, float64, sorted.
 
-    A bin is a 16-bit value, or the first 20 bits of a wider one's distance from the mean: bins are narrow
-    where weights are dense, and a far outlier costs the others no resolution.
+    A bin is a value where those are 16 bits wide or few, else the first 20 bits of its distance from the
+    mean: bins are narrow where weights are dense, and a far outlier costs the others no resolution.
     """
     if values.element_size() == 2:
         return _of_patterns(pattern_counts(values, values.dtype), values.dtype)
+    if values.numel() <= _MAX_SORTED:  # fewer than there are bins
+        means, counts = values.double().unique(return_counts=True)
+        return means, counts.double()
     half = 1 << (31 - _DROPPED_BITS)
     centre = float(values.mean())
     counts = torch.zeros(2 * half, dtype=torch.float64, device=values.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class ClusteredWeight(nn.Module):
         self.config = config
         self.trained_soft = trained_soft
         self.forced_soft: bool | None = None
-        self.num_groups = weight.shape[0] // config.group_channels if config.group_channels else 1
+        self.num_groups = math.gcd(config.num_groups, weight.shape[0]) if trained_soft else 1
         self._pending: torch.Tensor | None = None
         self._kept: _Kept | None = None
         if trained_soft:

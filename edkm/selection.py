@@ -135,12 +135,10 @@ def _require_clusterable(choice: Choice, config: DKMConfig) -> None:
         raise PaletteError(
             f"cannot cluster {name}: it is sharded over ranks already; call cluster first, then fully_shard"
         )
-    channels = config.group_channels or 1
-    if weight.shape[0] % channels or weight.shape[1] % config.vector_length:
+    if weight.shape[1] % config.vector_length:
         raise PaletteError(
-            f"cannot cluster {name} of shape {list(weight.shape)} by groups of {channels} channels and "
-            f"vectors of {config.vector_length}: both must divide its sides; "
-            "leave it dense with an override of None"
+            f"cannot cluster {name} of shape {list(weight.shape)} by vectors of {config.vector_length}: that "
+            "must divide its rows; leave it dense with an override of None"
         )
     is_wide = weight.is_floating_point() and weight.element_size() > 1
     if weight.is_meta or not is_wide or weight.numel() == 0:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from integrations.errors import CommandError, InterruptedRunError
+from integrations.option_types import at_least_two, bits_or_dense, fraction, natural, positive, share
 from integrations.recipe import DTYPES, PARALLEL, Destination, Recipe
 
 _EXTRA = ("transformers", "tokenizers", "tqdm")
-_MAX_NUMBER = 2**32
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,24 +105,24 @@ def _add_finetune(commands: Any) -> None:
     )
     add(
         "--steps",
-        type=_positive,
+        type=positive,
         default=Recipe.steps,
         help="optimizer steps; the schedules end with the last [%(default)s]",
     )
     add(
         "--learning-rate",
-        type=_fraction,
+        type=fraction,
         default=Recipe.learning_rate,
         help="peak, as a fraction of each weight's rms a step [%(default)s]",
     )
-    add("--batch-size", type=_positive, default=Recipe.batch_size, help="rows a batch [%(default)s]")
+    add("--batch-size", type=positive, default=Recipe.batch_size, help="rows a batch [%(default)s]")
     add(
         "--accumulate",
-        type=_positive,
+        type=positive,
         default=Recipe.accumulate,
         help="batches whose gradients make one step [%(default)s]",
     )
-    add("--context", type=_at_least_two, help="tokens a row [512, or 256 for text without separator]")
+    add("--context", type=at_least_two, help="tokens a row [512, or 256 for text without separator]")
     add("--separator", help="what parts the documents of a plain text [none: it is one stream]")
     _add_run(parser)
 
@@ -132,13 +131,13 @@ def _add_run(parser: Any) -> None:
     add = parser.add_argument
     add(
         "--distill",
-        type=_share,
+        type=share,
         default=Recipe.distill,
         metavar="FRACTION",
         help="of the loss that is the divergence from the dense model's predictions, 0 to 1: for text that "
         "it knows; costs a second copy of it and its forward pass [%(default)s]",
     )
-    add("--seed", type=_natural, default=Recipe.seed, help="of the order of the rows [%(default)s]")
+    add("--seed", type=natural, default=Recipe.seed, help="of the order of the rows [%(default)s]")
     add(
         "--dtype",
         choices=DTYPES,
@@ -156,13 +155,13 @@ def _add_run(parser: Any) -> None:
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
     add(
         "--checkpoint-interval",
-        type=_natural,
+        type=natural,
         default=Destination.checkpoint_interval,
         help="steps between two; 0: only when interrupted [%(default)s]",
     )
     add(
         "--checkpoints-kept",
-        type=_positive,
+        type=positive,
         default=Destination.checkpoints_kept,
         help="how many of the latest stay [%(default)s]",
     )
@@ -176,7 +175,19 @@ def _add_bits(parser: Any) -> None:
         help="per weight of the decoder's linears, 1 to 8 [%(default)s]",
     )
     parser.add_argument(
-        "--embedding-bits", type=int, help="per weight of embedding and output head, 1 to 8 [none: dense]"
+        "--embedding-bits",
+        type=bits_or_dense,
+        default=Recipe.embedding_bits,
+        metavar="BITS",
+        help="per weight of embedding and output head, 1 to 8, or `dense` [%(default)s]",
+    )
+    parser.add_argument(
+        "--groups",
+        dest="num_groups",
+        type=positive,
+        default=Recipe.num_groups,
+        help="equal parts of a linear's output channels, each with a table of its own; fewer where they do "
+        "not part so [%(default)s]",
     )
 
 
@@ -205,48 +216,6 @@ def _add_demo(commands: Any) -> None:
     _add(commands, "demo", run=_demo, show=_table, text=text)
 
 
-def _positive(text: str) -> int:
-    number = _natural(text)
-    if number == 0:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
-
-
-def _at_least_two(text: str) -> int:
-    number = _natural(text)
-    if number < 2:
-        raise argparse.ArgumentTypeError("must be at least 2: a BOS and a token")
-    return number
-
-
-def _fraction(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return number
-
-
-def _share(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return number
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    if int(text) >= _MAX_NUMBER:
-        raise argparse.ArgumentTypeError(f"must be less than {_MAX_NUMBER}")
-    return int(text)
-
-
 # Imported only when they run: `edkm --help` answers at once, and without Transformers.
 
 
@@ -268,7 +237,11 @@ def _palettize(options: argparse.Namespace) -> dict[str, Any]:
     from integrations.palettized import palettize_directory
 
     return palettize_directory(
-        options.model, options.output, bits=options.bits, embedding_bits=options.embedding_bits
+        options.model,
+        options.output,
+        bits=options.bits,
+        embedding_bits=options.embedding_bits,
+        num_groups=options.num_groups,
     )
 
 

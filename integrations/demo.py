@@ -49,7 +49,13 @@ def demo(directory: Path, *, base_steps: int = 500, clustered_steps: int = 100) 
         write_untrained(Path(untrained))
         memory = _train(untrained, text, output=base, steps=base_steps, learning_rate=0.1, dense=True)
     _tell(f"2 of 4: pack it to {_BITS} bits by k-means")
-    palettize_directory(str(base), packed, bits=_BITS, embedding_bits=None)
+    palettize_directory(
+        str(base),
+        packed,
+        bits=_BITS,
+        embedding_bits=Recipe.embedding_bits,
+        num_groups=Recipe.num_groups,
+    )
     _tell(f"3 of 4: train it on clustered weights, {clustered_steps} steps, and pack it to {_BITS} bits")
     clustered_memory = _train(str(base), text, output=clustered, steps=clustered_steps, learning_rate=0.02)
     _tell("4 of 4: score all three, and cluster by the plain layer and by the fused one")

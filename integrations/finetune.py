@@ -164,7 +164,12 @@ def _parallel(model: nn.Module, recipe: Recipe, *, ranks: Ranks) -> Parallel:
 
 def _config(recipe: Recipe) -> DKMConfig:
     with told_as_command_error(ValueError):
-        return DKMConfig(bits=recipe.bits, embedding_bits=recipe.embedding_bits, num_steps=recipe.steps)
+        return DKMConfig(
+            bits=recipe.bits,
+            embedding_bits=recipe.embedding_bits,
+            num_groups=recipe.num_groups,
+            num_steps=recipe.steps,
+        )
 
 
 def _train(

@@ -64,7 +64,9 @@ def write_dense(model: transformers.PreTrainedModel, *, tokenizer: HubTokenizer,
         tokenizer.save(partial)
 
 
-def palettize_directory(name: str, output: Path, *, bits: int, embedding_bits: int | None) -> dict[str, Any]:
+def palettize_directory(
+    name: str, output: Path, *, bits: int, embedding_bits: int | None, num_groups: int = 1
+) -> dict[str, Any]:
     """Pack a dense model by k-means, without training.
 
     Arguments:
@@ -72,6 +74,7 @@ def palettize_directory(name: str, output: Path, *, bits: int, embedding_bits: i
         output: directory to write; empty or new.
         bits: per weight of the decoder's linears.
         embedding_bits: per weight of embedding and output head; None leaves them dense.
+        num_groups: equal parts of a decoder linear's output channels, with a table each.
 
     Returns:
         `output` and `disk_bytes`.
@@ -81,7 +84,7 @@ def palettize_directory(name: str, output: Path, *, bits: int, embedding_bits: i
     """
     require_vacant(output)
     with told_as_command_error(ValueError):
-        config = DKMConfig(bits=bits, embedding_bits=embedding_bits)
+        config = DKMConfig(bits=bits, embedding_bits=embedding_bits, num_groups=num_groups)
     require_model(name)
     tokenizer = load_tokenizer(name)
     model = load_dense(name)

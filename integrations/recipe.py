@@ -22,6 +22,7 @@ class Recipe:
         data: text to train on.
         bits: per weight of the decoder's linears.
         embedding_bits: per weight of embedding and output head; None leaves them dense.
+        num_groups: equal parts of a decoder linear's output channels, with a table each.
         dense: train without clustering, as a control.
         distill: fraction of the loss that is the divergence from what the dense model predicts.
         steps: optimizer steps.
@@ -40,10 +41,11 @@ class Recipe:
     model: str
     data: Path
     bits: int = 3
-    embedding_bits: int | None = None
+    embedding_bits: int | None = 8
+    num_groups: int = 4
     dense: bool = False
     distill: float = 0.0
-    steps: int = 700
+    steps: int = 1400
     learning_rate: float = 0.01
     batch_size: int = 8
     accumulate: int = 1

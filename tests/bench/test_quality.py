@@ -10,6 +10,7 @@ import torch
 from bench import quality, quality_rivals
 from bench.rival import MISSING
 from integrations.demo import write_untrained
+from integrations.recipe import Recipe
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, then sleeps. "
 
@@ -67,7 +68,7 @@ def test_rows_of_a_day_are_kept_together(
 
 def test_the_straight_through_layer_snaps_and_passes_gradients() -> None:
     weight = torch.randn(16, 8, requires_grad=True)
-    layer = quality_rivals.StraightThrough(weight, bits=2)
-    snapped = layer(weight)
-    assert len(snapped.unique()) == 4
+    recipe = Recipe("model", Path("text.txt"), bits=2, num_groups=2)
+    snapped = quality_rivals.StraightThrough(weight, recipe=recipe)(weight)
+    assert [len(group.unique()) for group in (snapped[:8], snapped[8:], snapped)] == [4, 4, 8]
     assert torch.equal(torch.autograd.grad(snapped.sum(), weight)[0], torch.ones(16, 8))

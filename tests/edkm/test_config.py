@@ -22,7 +22,7 @@ def test_bits_that_are_no_integer_are_refused(value: object) -> None:
         DKMConfig(bits=value)
 
 
-@pytest.mark.parametrize("field", ["vector_length", "group_channels", "iterations", "num_steps"])
+@pytest.mark.parametrize("field", ["vector_length", "num_groups", "iterations", "num_steps"])
 def test_counts_are_one_or_more(field: str) -> None:
     with pytest.raises(ValueError, match=rf"DKMConfig\.{field} is 0: give 1 or more"):
         DKMConfig(**{field: 0})

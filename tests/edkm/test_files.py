@@ -33,7 +33,7 @@ def meta(*, tied: bool = True) -> TinyLM:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("embedding_bits", [None, 8])
-@pytest.mark.parametrize("options", [{}, {"vector_length": 2}, {"group_channels": 4, "bits": 1}])
+@pytest.mark.parametrize("options", [{}, {"vector_length": 2}, {"num_groups": 4, "bits": 1}])
 def test_the_loaded_model_is_the_saved_one_bit_for_bit(
     tmp_path: Path, dtype: torch.dtype, tied: bool, embedding_bits: int | None, options: dict[str, int]
 ) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from edkm import dkm, fused_dkm
+from edkm.fused_passes import Rows, moments
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 STEPS = {torch.float16: 6e-4, torch.bfloat16: 5e-3, torch.float32: 2e-5, torch.float64: 1e-10}
@@ -275,3 +276,15 @@ def test_shapes_on_the_meta_device(dtype: torch.dtype) -> None:
     assert (moved.shape, moved.dtype) == ((2, 3, 1), torch.promote_types(dtype, torch.float32))
     clustered.sum().backward()
     assert weight.grad.shape == weight.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_no_attention_is_subnormal(dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).tiny
+    # A second centroid so far off that its attention would be normal, subnormal, and zero.
+    far = (-math.log(tiny) + torch.arange(-300, 40, dtype=dtype)).clamp(min=0).sqrt()
+    centroids = torch.stack([torch.zeros_like(far), far], dim=1).unsqueeze(2)
+    rows = Rows(torch.zeros(340, 1, 1, dtype=dtype), None, 1.0, dtype, needs_temperature=False)
+    mass, _ = moments(rows, centroids)
+    assert bool(((mass == 0) | (mass >= tiny**0.75)).all())
+    assert 340 < int((mass > 0).sum()) < 680

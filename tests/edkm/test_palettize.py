@@ -12,7 +12,7 @@ from tests.edkm.models import TinyLM, optimizer_of, tokens, train
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("options", [{}, {"group_channels": 8}, {"vector_length": 2}])
+@pytest.mark.parametrize("options", [{}, {"num_groups": 2}, {"vector_length": 2}])
 def test_it_is_the_model_that_evaluation_saw(dtype: torch.dtype, options: dict[str, int]) -> None:
     model = TinyLM()
     clustering = cluster(model, DKMConfig(bits=3, embedding_bits=5, num_steps=4, **options))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from edkm import DKMConfig, PaletteError, cluster
+from edkm import DKMConfig, PaletteError, cluster, palettize
 from edkm.parametrization import ClusteredWeight
 from edkm.selection import choose
 from tests.edkm.models import TinyLM
@@ -94,10 +94,17 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_changed(value: float, 
     assert set(model.state_dict()) == before
 
 
-@pytest.mark.parametrize("options", [{"group_channels": 5}, {"vector_length": 7}])
-def test_sides_that_do_not_part(options: dict[str, int]) -> None:
-    with pytest.raises(PaletteError, match=r"cannot cluster layers\.0\.o_proj of shape \[16, 16\] by groups"):
-        cluster(TinyLM(), DKMConfig(**options))
+def test_rows_that_do_not_part_into_vectors() -> None:
+    with pytest.raises(PaletteError, match=r"layers\.0\.o_proj of shape \[16, 16\] by vectors of 7"):
+        cluster(TinyLM(), DKMConfig(vector_length=7))
+
+
+def test_as_many_groups_as_divide_the_channels_of_a_linear() -> None:
+    model = palettize(TinyLM(width=16, hidden=24), DKMConfig(num_groups=12, embedding_bits=8))
+    names = ("o_proj", "gate_proj", "up_proj", "down_proj")
+    tables = [model.get_submodule(f"layers.0.{name}").palette.table for name in names]
+    assert [table.shape[0] for table in tables] == [4, 12, 12, 4]
+    assert model.lm_head.palette.table.shape == (1, 256, 1)
 
 
 def test_a_weight_of_eight_bits() -> None:

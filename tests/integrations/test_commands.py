@@ -88,6 +88,11 @@ def test_help_states_the_defaults(command: str, capsys: pytest.CaptureFixture[st
         (["finetune", "--steps", "-1"], "argument --steps: '-1' is not a whole number"),
         (["finetune", "--seed", str(2**32)], "argument --seed: must be less than 4294967296"),
         (["finetune", "--bits", "three"], "argument --bits: invalid int value: 'three'"),
+        (
+            ["finetune", "--embedding-bits", "none"],
+            "argument --embedding-bits: 'none' is no number",
+        ),
+        (["palettize", "--groups", "0"], "argument --groups: must be at least 1"),
         (["finetune", "--context", "1"], "argument --context: must be at least 2"),
         (["finetune", "--distill", "1.5"], "argument --distill: '1.5' is not a number from 0 to 1"),
         (["finetune", "--learning-rate", "nan"], "argument --learning-rate: 'nan' is not a number above 0"),

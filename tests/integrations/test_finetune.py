@@ -179,8 +179,8 @@ def test_fp16_trains_in_fp32(recipe: Recipe, tmp_path: Path) -> None:
 
 
 def test_the_embedding_can_be_packed_too(recipe: Recipe, tmp_path: Path) -> None:
-    dense = finetune(recipe, Destination(tmp_path / "a", checkpoint_interval=0))
-    packed = finetune(replace(recipe, embedding_bits=8), Destination(tmp_path / "b", checkpoint_interval=0))
+    dense = finetune(replace(recipe, embedding_bits=None), Destination(tmp_path / "a", checkpoint_interval=0))
+    packed = finetune(recipe, Destination(tmp_path / "b", checkpoint_interval=0))
     assert packed["disk_bytes"] < dense["disk_bytes"] - 258 * 32 * 2
     model = load_model(str(tmp_path / "b"))
     assert model.lm_head.palette is model.model.embed_tokens.palette
