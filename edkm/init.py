@@ -77,7 +77,7 @@ def _histogram(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if values.element_size() == 2:
         return _of_patterns(pattern_counts(values, values.dtype), values.dtype)
     if values.numel() <= _MAX_SORTED:  # fewer than there are bins
-        means, counts = values.double().unique(return_counts=True)
+        means, counts = torch.unique(values.double(), return_counts=True)
         return means, counts.double()
     half = 1 << (31 - _DROPPED_BITS)
     centre = float(values.mean())
