@@ -88,10 +88,7 @@ def test_help_states_the_defaults(command: str, capsys: pytest.CaptureFixture[st
         (["finetune", "--steps", "-1"], "argument --steps: '-1' is not a whole number"),
         (["finetune", "--seed", str(2**32)], "argument --seed: must be less than 4294967296"),
         (["finetune", "--bits", "three"], "argument --bits: invalid int value: 'three'"),
-        (
-            ["finetune", "--embedding-bits", "none"],
-            "argument --embedding-bits: 'none' is no number",
-        ),
+        (["finetune", "--embedding-bits", "none"], "argument --embedding-bits: 'none' is no number"),
         (["palettize", "--groups", "0"], "argument --groups: must be at least 1"),
         (["finetune", "--context", "1"], "argument --context: must be at least 2"),
         (["finetune", "--distill", "1.5"], "argument --distill: '1.5' is not a number from 0 to 1"),
@@ -201,12 +198,8 @@ def test_a_missing_extra_is_named(
 
 
 def test_a_result_is_for_reading(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    result = {
-        "output": "out",
-        "loss": {"soft": 2.6468976, "snapped": 11.30479},
-        "num_rows": 123456,
-        "bits": None,
-    }
+    loss = {"soft": 2.6468976, "snapped": 11.30479}
+    result = {"output": "out", "loss": loss, "num_rows": 123456, "bits": None}
     monkeypatch.setattr(commands, "_eval", lambda _options: result)
     assert main(["eval", "--model", "m", "--text", "t"]) == 0
     assert capsys.readouterr().out.splitlines() == [
