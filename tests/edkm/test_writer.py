@@ -121,8 +121,10 @@ def test_memory_does_not_grow_with_the_number_of_parts(tmp_path: Path, root: Pat
         # otherwise does with the first large block that is freed: what is freed then goes back.
         env={
             **os.environ,
-            **{"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-            **{"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"},
+            "PYTHONPATH": str(root),
+            "OMP_NUM_THREADS": "1",
+            "MALLOC_MMAP_THRESHOLD_": "131072",
+            "MALLOC_TRIM_THRESHOLD_": "131072",
         },
         capture_output=True,
         text=True,
