@@ -45,7 +45,7 @@ class DKMConfig:
     epsilon: float = 0.0
     temperature: float = 0.03
     final_temperature: float = 0.002
-    num_steps: int = 1400
+    num_steps: int = 1700
     table_dtype: str | None = None
 
     def __post_init__(self) -> None:

@@ -42,10 +42,10 @@ class Recipe:
     data: Path
     bits: int = 3
     embedding_bits: int | None = 8
-    num_groups: int = 4
+    num_groups: int = 8
     dense: bool = False
     distill: float = 0.0
-    steps: int = 1400
+    steps: int = 1700
     learning_rate: float = 0.01
     batch_size: int = 8
     accumulate: int = 1
