@@ -119,19 +119,27 @@ def _sample(lanes: Tensor, candidate: Candidate) -> int | None:
     """Estimate the distinct elements of the key; None when some have no equal in the sample, or where rows
     differ at equal elements.
     """
-    for size in _NUM_SAMPLED:
-        size = min(len(lanes), size)
-        places = torch.arange(size, device=lanes.device) * (len(lanes) // size)
-        patterns = candidate.at(places)
-        if patterns is None:
-            return None
-        patterns, order = patterns.sort()
-        rows = lanes.index_select(0, places[order])
-        same = patterns[1:] == patterns[:-1]
-        odd = (rows[1:] != rows[:-1]).any(1) & same
-        if int(odd.sum()) > max(1, 4 * _MOST_ODD * size):
-            return None
+    few, many = _NUM_SAMPLED
+    if _sorted_patterns(lanes, candidate, num_sampled=few) is None:
+        return None
+    patterns = _sorted_patterns(lanes, candidate, num_sampled=many)
+    if patterns is None:
+        return None
     return Sample(patterns.view(-1, 1).cpu().numpy(), len(lanes), 1 << 16).num_distinct()
+
+
+def _sorted_patterns(lanes: Tensor, candidate: Candidate, *, num_sampled: int) -> Tensor | None:
+    """Return a sample of the key's elements, sorted; None where rows differ at equal elements."""
+    size = min(len(lanes), num_sampled)
+    places = torch.arange(size, device=lanes.device) * (len(lanes) // size)
+    patterns = candidate.at(places)
+    if patterns is None:
+        return None
+    patterns, order = patterns.sort()
+    rows = lanes.index_select(0, places[order])
+    same = patterns[1:] == patterns[:-1]
+    odd = (rows[1:] != rows[:-1]).any(1) & same
+    return None if int(odd.sum()) > max(1, 4 * _MOST_ODD * size) else patterns
 
 
 def _is_small(
