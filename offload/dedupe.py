@@ -18,17 +18,15 @@ class StorageRecord(weakref.ref[torch.UntypedStorage]):
     """What the store knows of one storage, and a weak reference to it. All else it refers to weakly too:
     handles own entries, entries own charges.
 
-    A version only grows, so the newest alone can be saved again. `copied_version` is one of which some save
-    has bytes of its own, apart from the storage.
+    A version only grows, so the newest alone can be saved again.
     """
 
-    __slots__ = ("_entry", "_entry_version", "charge", "copied_version", "counted_step", "num_bytes")
+    __slots__ = ("_entry", "_entry_version", "charge", "counted_step", "num_bytes")
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         super().__init__(storage)  # type: ignore[call-arg]
         self.num_bytes = 0
         self.charge: weakref.ref[Charge] | None = None
-        self.copied_version = -1
         self.counted_step = -1
         self._entry: weakref.ref[Entry] | None = None
         self._entry_version = -1

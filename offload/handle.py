@@ -11,11 +11,12 @@ from torch import Tensor
 
 from offload.codecs.base import Payload
 from offload.errors import RankMismatchError, StaleTensorError
-from offload.layout import Layout, lay, lay_bytes
+from offload.layout import Layout, lay, lay_bytes, lay_on
 from offload.part import Part
 from offload.patience import Line
 from offload.sole import is_sole
 from offload.stats import Charge, Ledger
+from offload.watch import Watch
 
 
 class Content(ABC):
@@ -68,6 +69,10 @@ class Reference(Content):
         storage = self.source.untyped_storage()
         return is_sole(storage, num_aliases=len(self._savers))
 
+    def watch(self, digest: bytes) -> Watch | None:
+        """Return what tells of writes behind the counters from now on; None where nobody else can write."""
+        return None if self.is_sole else Watch(self._savers, digest=digest)
+
     def open(self, layout: Layout, saver: int) -> Tensor:
         """Return the tensor; raises StaleTensorError when it is no longer what was saved."""
         source, version = self._savers[saver]
@@ -111,10 +116,11 @@ class Entry:
 
     `digest` is that of the storage's bytes at pack, None if they were not read. `follows` marks a storage
     that was seen to be written behind its version counter: the entry then stays a reference, and its tensors
-    follow the storage as they do in plain autograd.
+    follow the storage as they do in plain autograd. `watch` tells whether that happened after the entry got
+    bytes of its own.
     """
 
-    __slots__ = ("__weakref__", "content", "digest", "follows", "line")
+    __slots__ = ("__weakref__", "content", "digest", "follows", "line", "watch")
 
     def __init__(
         self, content: Content, *, line: Line, digest: bytes | None = None, follows: bool = False
@@ -123,6 +129,12 @@ class Entry:
         self.line = line
         self.digest = digest
         self.follows = follows
+        self.watch: Watch | None = None
+
+    def own(self, content: Content, *, watch: Watch | None) -> None:
+        """Hold bytes apart from the storage that was saved, which `watch` watches."""
+        self.content = content
+        self.watch = watch
 
 
 class Handle:
@@ -142,8 +154,13 @@ class Handle:
 
     def open(self) -> Tensor:
         """Return the saved tensor as it was saved, or raise StaleTensorError or RankMismatchError."""
+        entry = self._entry
+        if entry.watch is not None:
+            written = entry.watch.written(self._saver)
+            if written is not None:
+                return lay_on(self._layout, written)
         try:
-            return self._entry.content.open(self._layout, self._saver)
+            return entry.content.open(self._layout, self._saver)
         except RankMismatchError as error:
             raise RankMismatchError(
                 f"backward needs a saved tensor of shape {tuple(self._layout.shape)}, {self._layout.dtype}, "

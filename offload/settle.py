@@ -191,7 +191,7 @@ class Settler:
         charged_bytes = self._ledger.charged_bytes
         stage = "reference"
         try:
-            stage = self._place(entry, pending.layout, pending.record)
+            stage = self._place(entry, pending.layout)
         finally:
             won = stage != "reference"
             entry.line.reading.learn(won=won)
@@ -199,27 +199,26 @@ class Settler:
             pending.row.count(stage, kept_bytes=own_bytes if won else pending.new_bytes)
         if self._codecs:
             self._offers.offer_entry(entry, pending.layout, kept_bytes=pending.record.num_bytes)
-        self.sharer.add(entry, layout=pending.layout, record=pending.record, row=pending.row, stage=stage)
+        self.sharer.add(entry, layout=pending.layout, row=pending.row, stage=stage)
 
-    def _place(self, entry: Entry, layout: Layout, record: StorageRecord) -> str:
+    def _place(self, entry: Entry, layout: Layout) -> str:
         """Give `entry` bytes of its own where a stage has a reason to, and return the name of the stage."""
         reference = entry.content
         if entry.follows or not isinstance(reference, Reference) or reference.is_stale:
             return "reference"
         source = reference.source
-        stage, content = self._own_bytes(entry.digest or b"", source, layout, record, entry.line)
+        stage, content = self._own_bytes(entry.digest or b"", source, layout, entry.line)
         if content is not None and digest_of(source) != entry.digest:
             entry.follows, content = True, None
         if self._dedupe and stage != "content" and not entry.follows:
             self._contents.put(entry, source)
         if content is None:
             return "reference"
-        entry.content = content
-        record.copied_version = source._version
+        entry.own(content, watch=reference.watch(entry.digest or b""))
         return stage
 
     def _own_bytes(
-        self, digest: bytes, source: Tensor, layout: Layout, record: StorageRecord, line: Line
+        self, digest: bytes, source: Tensor, layout: Layout, line: Line
     ) -> tuple[str, Content | None]:
         """Return bytes apart from the storage and the stage that has them; None where a reference will do."""
         shared = self._find_content(digest, source, layout) if self._dedupe else None
@@ -228,12 +227,7 @@ class Settler:
         encoded = self._encode(source, layout, line)
         if encoded is not None:
             return encoded
-        # Without dedupe every save has a copy. With it, a version of which an earlier save has bytes of its
-        # own was written behind PyTorch's counter: a reference would make one gradient of old bytes and new
-        # ones (Law 4).
-        if not self._dedupe or record.copied_version == source._version:
-            return "copy", self._copy(source, layout)
-        return "reference", None
+        return ("reference", None) if self._dedupe else ("copy", self._copy(source, layout))
 
     def _find_content(self, digest: bytes, source: Tensor, layout: Layout) -> Content | None:
         """Return the content of a living entry with the same bytes; one kept by reference takes a copy of its
@@ -249,12 +243,12 @@ class Settler:
         theirs = known.content.source
         if known.follows or known.content.is_stale:
             return None
-        copy = self._take_over(theirs, layout) if known.content.is_sole else self._copy(theirs, layout)
+        watch = known.content.watch(digest)
+        copy = self._take_over(theirs, layout) if watch is None else self._copy(theirs, layout)
         # One hash: they still had these bytes, and no other thread wrote while they were copied.
         if any(part.digest != digest for part in copy.parts):
             return None
-        self._storages.record(theirs.untyped_storage()).copied_version = theirs._version
-        known.content = copy
+        known.own(copy, watch=watch)
         return copy
 
     def _encode(self, source: Tensor, layout: Layout, line: Line) -> tuple[str, Content] | None:

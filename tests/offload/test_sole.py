@@ -109,8 +109,8 @@ def test_what_somebody_else_has_is_copied_first() -> None:
     with store:
         output = x * factor + x * twin
     right = 2 * factor
-    factor.data.zero_()
-    twin.data.zero_()
+    factor.zero_()
+    twin.zero_()
     output.sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, right)
