@@ -18,17 +18,15 @@ class StorageRecord(weakref.ref[torch.UntypedStorage]):
     """What the store knows of one storage, and a weak reference to it. All else it refers to weakly too:
     handles own entries, entries own charges.
 
-    A version only grows, so the newest alone can be saved again. `copied_version` is one of which some save
-    has bytes of its own, apart from the storage.
+    A version only grows, so the newest alone can be saved again.
     """
 
-    __slots__ = ("_entry", "_entry_version", "charge", "copied_version", "counted_step", "num_bytes")
+    __slots__ = ("_entry", "_entry_version", "charge", "counted_step", "num_bytes")
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         super().__init__(storage)  # type: ignore[call-arg]
         self.num_bytes = 0
         self.charge: weakref.ref[Charge] | None = None
-        self.copied_version = -1
         self.counted_step = -1
         self._entry: weakref.ref[Entry] | None = None
         self._entry_version = -1
@@ -51,10 +49,13 @@ class StorageIndex:
         self._records: dict[int, StorageRecord] = {}
         self._most_records = _LEAST_SWEPT
         self._step = 0
+        self.counted_bytes = 0
+        """Of the storages that were saved since the step began, each once."""
 
     def begin_step(self) -> None:
         """Count every storage anew."""
         self._step += 1
+        self.counted_bytes = 0
         self._sweep()
 
     def record(self, storage: torch.UntypedStorage) -> StorageRecord:
@@ -72,20 +73,24 @@ class StorageIndex:
         self._records = {key: record for key, record in self._records.items() if record() is not None}
         self._most_records = max(_LEAST_SWEPT, 2 * len(self._records))
 
-    def count(self, record: StorageRecord) -> int:
-        """Return the bytes of the storage the first time in a step, 0 after that."""
-        if record.counted_step == self._step:
-            return 0
-        record.counted_step = self._step
-        return record.num_bytes
+    def saved(self, storage: torch.UntypedStorage) -> StorageRecord:
+        """Return the record of a storage of which something is being saved, and count it."""
+        record = self.record(storage)
+        if record.counted_step != self._step:
+            record.counted_step = self._step
+            self.counted_bytes += record.num_bytes
+        return record
 
-    def charge(self, record: StorageRecord) -> Charge:
-        """Return the one charge for keeping this storage by reference, whatever number of entries do."""
+    def charge(self, record: StorageRecord) -> tuple[Charge, int]:
+        """Return the one charge for keeping this storage by reference, whatever number of entries do, and the
+        bytes that it adds to what was charged.
+        """
         charge = record.charge() if record.charge is not None else None
-        if charge is None:
-            charge = self._ledger.charge(record.num_bytes)
-            record.charge = weakref.ref(charge)
-        return charge
+        if charge is not None:
+            return charge, 0
+        charge = self._ledger.charge(record.num_bytes)
+        record.charge = weakref.ref(charge)
+        return charge, record.num_bytes
 
 
 class ContentIndex:

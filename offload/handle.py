@@ -11,10 +11,12 @@ from torch import Tensor
 
 from offload.codecs.base import Payload
 from offload.errors import RankMismatchError, StaleTensorError
-from offload.layout import Layout, lay, lay_bytes
+from offload.layout import Layout, lay, lay_bytes, lay_on
 from offload.part import Part
 from offload.patience import Line
+from offload.sole import is_sole
 from offload.stats import Charge, Ledger
+from offload.watch import Watch
 
 
 class Content(ABC):
@@ -38,7 +40,7 @@ class Reference(Content):
     __slots__ = ("_charge", "_num_bytes", "_savers")
 
     def __init__(self, source: Tensor, *, num_bytes: int = 0, charge: Charge | None = None) -> None:
-        self._savers = [(source, _version_of(source))]
+        self._savers = [(source, source._version)]
         self._charge = charge
         self._num_bytes = num_bytes
 
@@ -50,7 +52,7 @@ class Reference(Content):
     @property
     def is_stale(self) -> bool:
         """Whether any of the saved tensors was changed in place, or lost its bytes, since it was saved."""
-        return self._shrank or any(_version_of(source) != version for source, version in self._savers)
+        return self._shrank or any(source._version != version for source, version in self._savers)
 
     @property
     def _shrank(self) -> bool:
@@ -58,8 +60,18 @@ class Reference(Content):
 
     def add(self, source: Tensor) -> int:
         """Take one more save of the same bytes; return its number."""
-        self._savers.append((source, _version_of(source)))
+        self._savers.append((source, source._version))
         return len(self._savers) - 1
+
+    @property
+    def is_sole(self) -> bool:
+        """Whether nobody else has the storage, as far as that can be told."""
+        storage = self.source.untyped_storage()
+        return is_sole(storage, num_aliases=len(self._savers))
+
+    def watch(self, digest: bytes) -> Watch | None:
+        """Return what tells of writes behind the counters from now on; None where nobody else can write."""
+        return None if self.is_sole else Watch(self._savers, digest=digest)
 
     def open(self, layout: Layout, saver: int) -> Tensor:
         """Return the tensor; raises StaleTensorError when it is no longer what was saved."""
@@ -104,10 +116,11 @@ class Entry:
 
     `digest` is that of the storage's bytes at pack, None if they were not read. `follows` marks a storage
     that was seen to be written behind its version counter: the entry then stays a reference, and its tensors
-    follow the storage as they do in plain autograd.
+    follow the storage as they do in plain autograd. `watch` tells whether that happened after the entry got
+    bytes of its own.
     """
 
-    __slots__ = ("__weakref__", "content", "digest", "follows", "line")
+    __slots__ = ("__weakref__", "content", "digest", "follows", "line", "watch")
 
     def __init__(
         self, content: Content, *, line: Line, digest: bytes | None = None, follows: bool = False
@@ -116,6 +129,12 @@ class Entry:
         self.line = line
         self.digest = digest
         self.follows = follows
+        self.watch: Watch | None = None
+
+    def own(self, content: Content, *, watch: Watch | None) -> None:
+        """Hold bytes apart from the storage that was saved, which `watch` watches."""
+        self.content = content
+        self.watch = watch
 
 
 class Handle:
@@ -135,8 +154,13 @@ class Handle:
 
     def open(self) -> Tensor:
         """Return the saved tensor as it was saved, or raise StaleTensorError or RankMismatchError."""
+        entry = self._entry
+        if entry.watch is not None:
+            written = entry.watch.written(self._saver)
+            if written is not None:
+                return lay_on(self._layout, written)
         try:
-            return self._entry.content.open(self._layout, self._saver)
+            return entry.content.open(self._layout, self._saver)
         except RankMismatchError as error:
             raise RankMismatchError(
                 f"backward needs a saved tensor of shape {tuple(self._layout.shape)}, {self._layout.dtype}, "
@@ -154,7 +178,7 @@ class Kept:
 
     def __init__(self, alias: Tensor, *, num_bytes: int = 0, charge: Charge | None = None) -> None:
         self._alias = alias
-        self._version = None if alias.is_inference() else alias._version
+        self._version = alias._version
         self._num_bytes = num_bytes
         self._charge = charge
 
@@ -163,31 +187,31 @@ class Kept:
         """Return True: the alias is all there is."""
         return True
 
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of an element."""
+        return self._alias.dtype.itemsize
+
     def open(self) -> Tensor:
         """Return the saved tensor; raises StaleTensorError when it is no longer what was saved."""
         alias = self._alias
-        if self._version is not None and (
-            alias._version != self._version
-            or (self._num_bytes and alias.untyped_storage().nbytes() < self._num_bytes)
+        if alias._version != self._version or (
+            self._num_bytes and alias.untyped_storage().nbytes() < self._num_bytes
         ):
             _require_fresh(alias, self._version, self._num_bytes)
         return alias
 
 
-def _version_of(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def _require_fresh(alias: Tensor, version: int, num_bytes: int) -> None:
     """Raise StaleTensorError if `alias` was changed in place since `version`, or lost bytes (Law 4)."""
     shrank = num_bytes > 0 and alias.untyped_storage().nbytes() < num_bytes
-    if not shrank and _version_of(alias) == version:
+    if not shrank and alias._version == version:
         return
     if shrank:
         now = alias.untyped_storage().nbytes()
         seen = f"its storage has {now} bytes now and had {num_bytes} when it was saved"
     else:
-        seen = f"it is at version {_version_of(alias)} and was saved at version {version}"
+        seen = f"it is at version {alias._version} and was saved at version {version}"
     raise StaleTensorError(
         f"backward needs a saved tensor of shape {tuple(alias.shape)}, {alias.dtype}, kept by reference, but "
         f"{seen}: it was changed in place after it was saved. Change a clone instead, or move the change (an "

@@ -96,9 +96,11 @@ def lay_bytes(layout: Layout, decoded: Tensor, *, start: int | None) -> Tensor:
     if start is None:
         laid = torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=decoded.device)
         return lay(layout, laid.copy_(decoded.view(layout.dtype).view(layout.shape)))
-    return lay(layout, _on_storage(layout, decoded, layout.offset - start // layout.dtype.itemsize))
+    return lay_on(layout, decoded.untyped_storage(), offset=layout.offset - start // layout.dtype.itemsize)
 
 
-def _on_storage(layout: Layout, owner: Tensor, offset: int) -> Tensor:
-    empty = torch.empty(0, dtype=layout.dtype, device=owner.device)
-    return empty.set_(owner.untyped_storage(), offset, layout.shape, layout.stride)
+def lay_on(layout: Layout, storage: torch.UntypedStorage, *, offset: int | None = None) -> Tensor:
+    """Return a tensor with `layout` on `storage`, at another offset if one is given."""
+    laid = torch.empty(0, dtype=layout.dtype, device=storage.device)
+    laid.set_(storage, layout.offset if offset is None else offset, layout.shape, layout.stride)
+    return lay(layout, laid)

@@ -8,41 +8,60 @@ from typing import Any
 from torch import Tensor, nn
 
 from offload.codecs.candidates import Candidates
-from offload.handle import Entry, Handle, Kept, Reference
-from offload.layout import Layout, lay
+from offload.errors import StoreError
+from offload.handle import Entry, Handle, Kept
+from offload.layout import Layout
 from offload.select import has_plain_storage
 
 _NUM_NODES = 16
 """Nodes of the graph to look at: a cast, a few views and an operation or two on each side."""
+_NUM_WAITING = 1 << 12
+"""Offers that nobody asked for yet; earlier ones are forgotten."""
+
+Find = Callable[[], Handle | Kept | None]
 
 
 class Offers:
-    """Tells `candidates` of tensors, each with how to find what autograd keeps for it, weakly."""
+    """Tells `candidates` of tensors, each with how to find what autograd keeps for it, weakly. Not before a
+    codec asks for some: in most steps none does.
+    """
 
     def __init__(self, candidates: Candidates) -> None:
         self._candidates = candidates
+        self._waiting: deque[tuple[Find, int]] = deque(maxlen=_NUM_WAITING)
+        candidates.on_asked = self._tell
 
-    def offer_kept(self, kept: Kept, *, num_bytes: int) -> None:
-        """Offer a save by reference, which keeps `num_bytes` alive; 0 for a parameter."""
-        alias = kept.open()
-        if has_plain_storage(alias):
-            self._candidates.add(alias, find=weakref.ref(kept), kept_bytes=num_bytes)
+    def offer_kept(self, kept: Kept, *, kept_bytes: int) -> None:
+        """Offer a save by reference, which keeps `kept_bytes` alive; 0 for a parameter."""
+        if kept.item_bytes == 2:
+            self._waiting.append((weakref.ref(kept), kept_bytes))
 
-    def offer_entry(self, entry: Entry, layout: Layout, *, num_bytes: int) -> None:
-        """Offer an entry that settled as a reference, or nothing: a payload by a key leads to no other."""
-        if isinstance(entry.content, Reference):
-            alias = lay(layout, entry.content.source)
-            self._candidates.add(alias, find=_finder(entry, layout), kept_bytes=num_bytes)
+    def offer_entry(self, entry: Entry, layout: Layout, *, kept_bytes: int) -> None:
+        """Offer a settled entry, if it is a reference: a payload by a key leads to no other."""
+        if layout.dtype.itemsize == 2:
+            self._waiting.append((_finder(entry, layout), kept_bytes))
 
     def offer_parameters(self, tensor: Tensor) -> None:
         """Offer the parameters that `tensor` was computed from: a cast to float32 saves none of them."""
         for parameter in _parameters_behind(tensor):
-            alias = parameter.detach()
-            if alias.element_size() == 2 and has_plain_storage(alias):
-                self._candidates.add(alias, find=_parameter_finder(parameter), kept_bytes=0)
+            if parameter.element_size() == 2:
+                self._waiting.append((_parameter_finder(parameter), 0))
+
+    def _tell(self) -> None:
+        while self._waiting:
+            find, kept_bytes = self._waiting.popleft()
+            keeper = find()
+            if keeper is None or not keeper.is_reference:
+                continue
+            try:
+                tensor = keeper.open()
+            except StoreError:
+                continue
+            if has_plain_storage(tensor):
+                self._candidates.add(tensor, find=find, kept_bytes=kept_bytes)
 
 
-def _finder(entry: Entry, layout: Layout) -> Callable[[], Handle | None]:
+def _finder(entry: Entry, layout: Layout) -> Find:
     living = weakref.ref(entry)
 
     def find() -> Handle | None:
@@ -52,7 +71,7 @@ def _finder(entry: Entry, layout: Layout) -> Callable[[], Handle | None]:
     return find
 
 
-def _parameter_finder(parameter: nn.Parameter) -> Callable[[], Kept | None]:
+def _parameter_finder(parameter: nn.Parameter) -> Find:
     living = weakref.ref(parameter)
 
     def find() -> Kept | None:

@@ -42,14 +42,15 @@ class Line:
     """What a store has learnt of the saves of one line of code and dtype, from step to step.
 
     `reading` is for their bytes at all: saves that are not read are kept by reference, as plain autograd
-    does. `encoding` is for the codecs, and `codec` the name of the one that won last. `is_shared` says
-    whether other ranks held the last save too.
+    does. `encoding` is for the codecs, and `codec` the name of the one that won last; `others` is for asking
+    those that might win more than that one. `is_shared` says whether other ranks held the last save too.
     """
 
-    __slots__ = ("codec", "encoding", "is_shared", "reading")
+    __slots__ = ("codec", "encoding", "is_shared", "others", "reading")
 
     def __init__(self) -> None:
         self.reading = Patience()
         self.encoding = Patience()
+        self.others = Patience()
         self.codec: str | None = None
         self.is_shared = False

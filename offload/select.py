@@ -41,6 +41,18 @@ def kind_of(tensor: Tensor) -> Kind:
     return Kind.DISTRIBUTED if is_distributed(tensor) else Kind.OPAQUE
 
 
+def plain_storage(tensor: Tensor) -> torch.UntypedStorage | None:
+    """Return the storage of a tensor that is `Kind.PLAIN`, None for any other: what most saves are, told with
+    few questions, since the caches are cold when a save asks them.
+    """
+    if type(tensor) is not Tensor:
+        return None
+    base = tensor._base
+    if base is not None and isinstance(base, nn.Parameter):
+        return None
+    return _readable_storage(tensor)
+
+
 def is_window(layout: Layout, *, storage_bytes: int) -> bool:
     """Return whether a view reaches so little of its storage that hashing all of it would cost more than it
     can win.
@@ -52,12 +64,16 @@ def is_window(layout: Layout, *, storage_bytes: int) -> bool:
 
 def has_plain_storage(tensor: Tensor) -> bool:
     """Return whether the bytes of `tensor` can be read as they lie."""
-    if type(tensor) is not Tensor or tensor.layout is not torch.strided:
-        return False
-    if tensor.is_quantized or tensor.is_nested or tensor.is_inference():
-        return False
+    return type(tensor) is Tensor and _readable_storage(tensor) is not None
+
+
+def _readable_storage(tensor: Tensor) -> torch.UntypedStorage | None:
+    if tensor.is_quantized or tensor.is_nested:
+        return None
     try:
         storage = tensor.untyped_storage()
-        return storage.data_ptr() != 0 or (storage.nbytes() == 0 and not tensor.is_meta)
-    except (RuntimeError, NotImplementedError):  # functorch wrappers and the like refuse to show a storage
-        return False
+    except RuntimeError:  # sparse ones, functorch's wrappers and the like refuse to show a storage
+        return None
+    if storage.data_ptr() == 0 and (storage.nbytes() or tensor.is_meta):
+        return None
+    return storage

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch._C._autograd import _get_sequence_nr
 from torch.utils._python_dispatch import _disable_current_modes
@@ -70,6 +71,12 @@ class Settler:
         self._offers = Offers(self._lists.tensors)
         self.sharer = Sharer(sharding, ledger=ledger)
         self._queue = _Queue()
+        self._num_pending = 0  # of all threads: on most saves there are none, and no queue is looked at
+
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes of the storages that were saved since the step began."""
+        return self._storages.counted_bytes
 
     def begin_step(self) -> None:
         """Start counting storages and the peak anew, and look which ranks there are."""
@@ -78,41 +85,37 @@ class Settler:
         self.sharer.begin_step()
         self._ledger.reset_peak()
 
-    def admit(self, tensor: Tensor, *, row: Row, line: Line) -> tuple[Handle | Kept, int]:
-        """Return the handle of a save and the bytes of its storage if this step had not saved it before, else
-        0.
-        """
+    def admit(self, tensor: Tensor, storage: torch.UntypedStorage, *, row: Row, line: Line) -> Handle | Kept:
+        """Return the handle of a save of a plain tensor on `storage`."""
         alias = tensor.detach()
-        record = self._storages.record(alias.untyped_storage())
-        storage_bytes = self._storages.count(record)
+        record = self._storages.saved(storage)
         known = record.entry(alias._version) if self._dedupe else None
         # A storage that was read once is read again: its saves are to share one payload (Law 5).
         unread = self._dedupe and known is None and not line.reading.is_worth_trying()
         if unread or record.num_bytes < self._min_bytes:
-            return self._keep(alias, record, row), storage_bytes
+            return self._keep(alias, record, row)
         layout, source = lift(alias)
         # Where the storage was shrunk before the save, it would have to grow to be read.
         if layout.span()[1] > record.num_bytes or is_window(layout, storage_bytes=record.num_bytes):
-            return self._keep(alias, record, row), storage_bytes
+            return self._keep(alias, record, row)
         digest = digest_of(source)
         if known is not None and isinstance(known.content, Reference):
             if known.digest == digest:
                 row.count("storage")
-                return Handle(known, layout=layout, saver=known.content.add(source)), storage_bytes
+                return Handle(known, layout=layout, saver=known.content.add(source))
             known.follows = True
-        follows = known is not None and known.follows
-        if self._codecs and line.encoding.is_hopeful:
+        if self._codecs and line.encoding.is_hopeful and line.others.is_hopeful:
             self._offers.offer_parameters(tensor)
-        charged_bytes = self._ledger.charged_bytes
-        reference = Reference(source, num_bytes=record.num_bytes, charge=self._charge(source, record))
-        entry = Entry(reference, line=line, digest=digest, follows=follows)
+        charge, new_bytes = self._charge(source, record)
+        reference = Reference(source, num_bytes=record.num_bytes, charge=charge)
+        entry = Entry(reference, line=line, digest=digest, follows=known is not None and known.follows)
         record.put(entry, source._version)
-        new_bytes = self._ledger.charged_bytes - charged_bytes
         sequence = _get_sequence_nr()
         pending = Pending(sequence, weakref.ref(entry), layout, record, row, record.num_bytes, new_bytes)
         self._queue.pending.append(pending)
         self._queue.num_bytes += record.num_bytes
-        return Handle(entry, layout=layout), storage_bytes
+        self._num_pending += 1
+        return Handle(entry, layout=layout)
 
     def keep(self, tensor: Tensor) -> Kept:
         """Return the handle of a parameter, or of what has no plain storage: no stage touches it, but others
@@ -120,7 +123,7 @@ class Settler:
         """
         kept = Kept(tensor.detach())
         if self._codecs:
-            self._offers.offer_kept(kept, num_bytes=0)
+            self._offers.offer_kept(kept, kept_bytes=0)
         return kept
 
     def settle_returned(self) -> None:
@@ -129,13 +132,15 @@ class Settler:
         Not one by one: between two operators the caches are theirs, and each look at a tensor would cost
         several times what it does right after another one.
         """
+        if not self._num_pending:
+            return
         if self._queue.num_bytes > _BATCH_BYTES or len(self._queue.pending) > _BATCH_SAVES:
             self._settle_queue(now=_get_sequence_nr())
             self._share(is_final=False)
 
     def settle_all(self) -> None:
         """Settle all that this thread saved. To be called outside any operator."""
-        if self._queue.pending:
+        if self._num_pending:
             self._settle_queue(now=None)
         self._share(is_final=True)
 
@@ -154,26 +159,29 @@ class Settler:
         with _disable_current_modes():
             while queue and queue[0].sequence != now:
                 pending = queue.popleft()
+                self._num_pending -= 1
                 self._queue.num_bytes -= pending.num_bytes
                 self._settle(pending)
 
     def drop_all(self) -> None:
         """Leave what this thread saved by reference."""
+        self._num_pending -= len(self._queue.pending)
         self._queue.pending.clear()
         self._queue.num_bytes = 0
 
     def _keep(self, alias: Tensor, record: StorageRecord, row: Row) -> Kept:
-        charged_bytes = self._ledger.charged_bytes
-        kept = Kept(alias, num_bytes=record.num_bytes, charge=self._charge(alias, record))
-        row.count("reference", kept_bytes=self._ledger.charged_bytes - charged_bytes)
+        charge, new_bytes = self._charge(alias, record)
+        kept = Kept(alias, num_bytes=record.num_bytes, charge=charge)
+        row.count("reference", kept_bytes=new_bytes)
         if self._codecs:
-            self._offers.offer_kept(kept, num_bytes=record.num_bytes)
+            self._offers.offer_kept(kept, kept_bytes=record.num_bytes)
         return kept
 
-    def _charge(self, alias: Tensor, record: StorageRecord) -> Charge:
+    def _charge(self, alias: Tensor, record: StorageRecord) -> tuple[Charge, int]:
         if self._dedupe:
             return self._storages.charge(record)
-        return self._ledger.charge(min(lift(alias)[0].span_bytes(), alias.nbytes))
+        num_bytes = min(lift(alias)[0].span_bytes(), alias.nbytes)
+        return self._ledger.charge(num_bytes), num_bytes
 
     def _settle(self, pending: Pending) -> None:
         entry = pending.entry()
@@ -183,35 +191,34 @@ class Settler:
         charged_bytes = self._ledger.charged_bytes
         stage = "reference"
         try:
-            stage = self._place(entry, pending.layout, pending.record)
+            stage = self._place(entry, pending.layout)
         finally:
             won = stage != "reference"
             entry.line.reading.learn(won=won)
             own_bytes = self._ledger.charged_bytes - charged_bytes
             pending.row.count(stage, kept_bytes=own_bytes if won else pending.new_bytes)
         if self._codecs:
-            self._offers.offer_entry(entry, pending.layout, num_bytes=pending.record.num_bytes)
-        self.sharer.add(entry, layout=pending.layout, record=pending.record, row=pending.row, stage=stage)
+            self._offers.offer_entry(entry, pending.layout, kept_bytes=pending.record.num_bytes)
+        self.sharer.add(entry, layout=pending.layout, row=pending.row, stage=stage)
 
-    def _place(self, entry: Entry, layout: Layout, record: StorageRecord) -> str:
+    def _place(self, entry: Entry, layout: Layout) -> str:
         """Give `entry` bytes of its own where a stage has a reason to, and return the name of the stage."""
         reference = entry.content
         if entry.follows or not isinstance(reference, Reference) or reference.is_stale:
             return "reference"
         source = reference.source
-        stage, content = self._own_bytes(entry.digest or b"", source, layout, record, entry.line)
+        stage, content = self._own_bytes(entry.digest or b"", source, layout, entry.line)
         if content is not None and digest_of(source) != entry.digest:
             entry.follows, content = True, None
         if self._dedupe and stage != "content" and not entry.follows:
             self._contents.put(entry, source)
         if content is None:
             return "reference"
-        entry.content = content
-        record.copied_version = source._version
+        entry.own(content, watch=reference.watch(entry.digest or b""))
         return stage
 
     def _own_bytes(
-        self, digest: bytes, source: Tensor, layout: Layout, record: StorageRecord, line: Line
+        self, digest: bytes, source: Tensor, layout: Layout, line: Line
     ) -> tuple[str, Content | None]:
         """Return bytes apart from the storage and the stage that has them; None where a reference will do."""
         shared = self._find_content(digest, source, layout) if self._dedupe else None
@@ -220,12 +227,7 @@ class Settler:
         encoded = self._encode(source, layout, line)
         if encoded is not None:
             return encoded
-        # Without dedupe every save has a copy. With it, a version of which an earlier save has bytes of its
-        # own was written behind PyTorch's counter: a reference would make one gradient of old bytes and new
-        # ones (Law 4).
-        if not self._dedupe or record.copied_version == source._version:
-            return "copy", self._copy(source, layout)
-        return "reference", None
+        return ("reference", None) if self._dedupe else ("copy", self._copy(source, layout))
 
     def _find_content(self, digest: bytes, source: Tensor, layout: Layout) -> Content | None:
         """Return the content of a living entry with the same bytes; one kept by reference takes a copy of its
@@ -241,30 +243,39 @@ class Settler:
         theirs = known.content.source
         if known.follows or known.content.is_stale:
             return None
-        copy = self._copy(theirs, layout)
+        watch = known.content.watch(digest)
+        copy = self._take_over(theirs, layout) if watch is None else self._copy(theirs, layout)
         # One hash: they still had these bytes, and no other thread wrote while they were copied.
         if any(part.digest != digest for part in copy.parts):
             return None
-        self._storages.record(theirs.untyped_storage()).copied_version = theirs._version
-        known.content = copy
+        known.own(copy, watch=watch)
         return copy
 
     def _encode(self, source: Tensor, layout: Layout, line: Line) -> tuple[str, Content] | None:
         if not self._codecs or not line.encoding.is_worth_trying():
             return None
         block, start = block_of(source, layout, whole_storage=self._dedupe)
-        found = encode_best(block, self._codecs, lists=self._lists, last=line.codec)
+        # The codec that won last is taken at once where the others never promised more.
+        at_once = line.codec is not None and not line.others.is_worth_trying()
+        found = encode_best(block, self._codecs, lists=self._lists, last=line.codec, at_once=at_once)
         line.encoding.learn(won=found is not None)
         if found is None:
             return None
+        if not at_once:
+            line.others.learn(won=found[0] != line.codec)
         line.codec, payload = found
         return line.codec, Encoded(payload, start=start, charge=self._ledger.charge(payload.num_bytes))
 
     def _copy(self, source: Tensor, layout: Layout) -> Encoded:
         block, start = block_of(source, layout, whole_storage=self._dedupe)
-        return Encoded(
-            RawPayload(block.flat.clone()), start=start, charge=self._ledger.charge(block.num_bytes)
-        )
+        charge = self._ledger.charge(block.num_bytes)
+        return Encoded(RawPayload(block.flat.clone()), start=start, charge=charge)
+
+    def _take_over(self, source: Tensor, layout: Layout) -> Encoded:
+        """Return the storage of `source` as a payload: nobody else has it, so that readers get copies."""
+        block, start = block_of(source, layout, whole_storage=True)
+        charge, _ = self._storages.charge(self._storages.record(source.untyped_storage()))
+        return Encoded(RawPayload(block.flat), start=start, charge=charge)
 
 
 class _Queue(threading.local):

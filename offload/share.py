@@ -7,7 +7,6 @@ import weakref
 from torch import Tensor
 
 from offload.codecs.raw import RawPayload
-from offload.dedupe import StorageRecord
 from offload.digest import digest_of
 from offload.handle import Content, Encoded, Entry, Reference
 from offload.layout import Layout, block_of
@@ -24,14 +23,13 @@ class _Settled:
     the graph's end takes them along.
     """
 
-    __slots__ = ("content", "entry", "is_shared", "layout", "line", "num_tried", "record", "row", "stage")
+    __slots__ = ("content", "entry", "is_shared", "layout", "line", "num_tried", "row", "stage")
 
-    def __init__(self, entry: Entry, *, layout: Layout, record: StorageRecord, row: Row, stage: str) -> None:
+    def __init__(self, entry: Entry, *, layout: Layout, row: Row, stage: str) -> None:
         self.entry = weakref.ref(entry)
         self.content = weakref.ref(entry.content) if isinstance(entry.content, Encoded) else None
         self.line = entry.line
         self.layout = layout
-        self.record = record
         self.row = row
         self.stage = stage
         self.num_tried = 0
@@ -99,7 +97,7 @@ class Sharer:
             self._try_all(is_final=True)
             self._sharding.begin_serving()
 
-    def add(self, entry: Entry, *, layout: Layout, record: StorageRecord, row: Row, stage: str) -> None:
+    def add(self, entry: Entry, *, layout: Layout, row: Row, stage: str) -> None:
         """Take an entry that has settled as `stage`, and tell the other ranks."""
         if stage == "content" or entry.follows or entry.digest is None or not self._sharding.is_joined:
             return
@@ -114,7 +112,7 @@ class Sharer:
         for digest in digests:
             self._sharding.announce(digest)
         if digests:
-            self._settled.append(_Settled(entry, layout=layout, record=record, row=row, stage=stage))
+            self._settled.append(_Settled(entry, layout=layout, row=row, stage=stage))
 
     def share(self, *, is_final: bool) -> None:
         """Try all entries whose bytes are this rank's own, and count who holds the others.
@@ -145,12 +143,12 @@ class Sharer:
         if reference.is_stale or digest_of(source) != entry.digest:
             local.num_tried = _NUM_TRIED
             return
+        watch = reference.watch(entry.digest)
         block, start = block_of(source, local.layout, whole_storage=True)
         content = Encoded(RawPayload(block.flat, digest=entry.digest), start=start, charge=None)
         self._share(content, local, is_final=True)
         if local.is_shared:
-            entry.content = content
-            local.record.copied_version = source._version
+            entry.own(content, watch=watch)
 
     def _share(self, content: Encoded, local: _Settled, *, is_final: bool) -> None:
         due = [

@@ -126,7 +126,6 @@ class Counts:
 
     def __init__(self) -> None:
         self.rows: dict[tuple[str, torch.Size, torch.dtype], Row] = {}
-        self.storage_bytes = 0
 
     def row(self, site: str, *, shape: torch.Size, dtype: torch.dtype) -> Row:
         """Return the row of these saves, a new one at its first."""
@@ -144,7 +143,6 @@ class Counts:
                 num_by_stage[stage] = num_by_stage.get(stage, 0) + num
         return Stats(
             saved_bytes=sum(row.saved_bytes for row in self.rows.values()),
-            storage_bytes=self.storage_bytes,
             held_bytes=held_bytes,
             peak_held_bytes=peak_held_bytes,
             num_saved=sum(row.num_saved for row in self.rows.values()),

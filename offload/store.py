@@ -22,7 +22,7 @@ from offload.distributed import Distributed
 from offload.handle import Handle, Kept
 from offload.patience import Line
 from offload.report import report_text
-from offload.select import Kind, kind_of
+from offload.select import Kind, kind_of, plain_storage
 from offload.settle import Settler
 from offload.sharding import sharding_of
 from offload.sharding.base import Sharding
@@ -132,6 +132,7 @@ class SavedTensorStore:
             traffic = self._settler.sharer.traffic
             return replace(
                 self._counts.stats(held_bytes, peak_held_bytes),
+                storage_bytes=self._settler.storage_bytes,
                 group_held_bytes=self._settler.sharer.group_held_bytes(held_bytes),
                 gathered_bytes=traffic.gathered_bytes,
                 waited_seconds=traffic.waited_seconds,
@@ -154,26 +155,29 @@ class SavedTensorStore:
             if not self._is_alone:
                 self._settler.sharer.begin_pack()
             self._settler.settle_returned()
-            kind = kind_of(tensor)
-            if kind is Kind.DISTRIBUTED:
-                return Distributed(tensor, pack_local=self._pack)
-            if kind is not Kind.PLAIN:
-                row, _ = self._row_and_line(tensor, is_dense=False)
-                row.count(kind.value)
-                return self._settler.keep(tensor)
-            row, line = self._row_and_line(tensor, is_dense=tensor.is_contiguous())
+            storage = plain_storage(tensor)
+            if storage is None:
+                return self._pack_apart(tensor)
+            row, line = self._row_and_line(tensor, shape=tensor.shape, is_dense=tensor.is_contiguous())
             row.saved_bytes += tensor.nbytes
-            handle, new_storage_bytes = self._settler.admit(tensor, row=row, line=line)
-            self._counts.storage_bytes += new_storage_bytes
-            return handle
+            return self._settler.admit(tensor, storage, row=row, line=line)
 
-    def _row_and_line(self, tensor: Tensor, *, is_dense: bool) -> tuple[Row, Line]:
+    def _pack_apart(self, tensor: Tensor) -> Kept | Distributed:
+        """Pack a parameter, a DTensor, or what has no plain storage."""
+        kind = kind_of(tensor)
+        if kind is Kind.DISTRIBUTED:
+            return Distributed(tensor, pack_local=self._pack)
+        shape = torch.Size() if tensor.is_nested else tensor.shape  # a nested tensor has none
+        row, _ = self._row_and_line(tensor, shape=shape, is_dense=False)
+        row.count(kind.value)
+        return self._settler.keep(tensor)
+
+    def _row_and_line(self, tensor: Tensor, *, shape: torch.Size, is_dense: bool) -> tuple[Row, Line]:
         """Return where a save is counted, counted in, and what is known of its line of code: of the calling
         instruction, apart for dense tensors and for views, since a matrix product saves an input and a
         transposed weight.
         """
         site = self._sites.calling()
-        shape = torch.Size() if tensor.is_nested else tensor.shape  # a nested tensor has none
         key = (site, shape, tensor.dtype, is_dense)
         found = self._seen.get(key)
         if found is None:

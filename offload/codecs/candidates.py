@@ -74,6 +74,8 @@ class Candidates:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._by_length: dict[tuple[int, torch.device], deque[Candidate]] = {}
+        self.on_asked: Callable[[], None] | None = None
+        """Called before candidates are returned; adds what is new."""
 
     def begin_step(self) -> None:
         """Forget what is gone."""
@@ -105,6 +107,8 @@ class Candidates:
 
     def of(self, num_rows: int, device: torch.device) -> list[Candidate]:
         """Return those with `num_rows` elements on `device`, the youngest first."""
+        if self.on_asked is not None:
+            self.on_asked()
         return [*self._by_length.get((num_rows, device), ())][::-1]
 
 

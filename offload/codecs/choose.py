@@ -7,7 +7,12 @@ from offload.codecs.index_list import IndexLists
 
 
 def encode_best(
-    block: Block, codecs: Sequence[Codec], *, lists: IndexLists, last: str | None = None
+    block: Block,
+    codecs: Sequence[Codec],
+    *,
+    lists: IndexLists,
+    last: str | None = None,
+    at_once: bool = False,
 ) -> tuple[str, Payload] | None:
     """Return the name of the codec that won and its payload, or None when none makes the block about half as
     large (Law 7).
@@ -15,8 +20,15 @@ def encode_best(
     Codecs stand in the order of their cost in time. Each gives an estimate from a sample, and a later one
     must promise half of what the ones before it do: bytes that few are not worth a dearer way. The best
     promise encodes; where it was wrong, the others are asked anew. The codec named `last` won the save before
-    on the same line: where none ahead of it promises anything it encodes without an estimate.
+    on the same line: where none ahead of it promises anything it encodes without an estimate, and with
+    `at_once` before any other is asked.
     """
+    if at_once:
+        for codec in codecs:
+            if codec.name == last:
+                payload = codec.encode(block, limit_bytes=block.limit_bytes, lists=lists)
+                if payload is not None:
+                    return codec.name, payload
     best, limit_bytes = None, block.limit_bytes
     for codec in codecs:
         if codec.name == last and best is None:

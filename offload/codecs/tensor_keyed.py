@@ -19,7 +19,8 @@ from offload.codecs.key import Key, digest_of
 from offload.errors import StoreError
 from offload.part import Part
 
-_NUM_SAMPLED = 4095  # odd: the places do not keep time with powers of two
+_NUM_SAMPLED = (255, 4095)
+"""Few tell most wrong keys; odd, so that the places do not keep time with powers of two."""
 _MOST_ODD = 1 / 1024
 """Of all rows, those that may differ from the table."""
 _KEY_BYTES = 6
@@ -118,7 +119,18 @@ def _sample(lanes: Tensor, candidate: Candidate) -> int | None:
     """Estimate the distinct elements of the key; None when some have no equal in the sample, or where rows
     differ at equal elements.
     """
-    size = min(len(lanes), _NUM_SAMPLED)
+    few, many = _NUM_SAMPLED
+    if _sorted_patterns(lanes, candidate, num_sampled=few) is None:
+        return None
+    patterns = _sorted_patterns(lanes, candidate, num_sampled=many)
+    if patterns is None:
+        return None
+    return Sample(patterns.view(-1, 1).cpu().numpy(), len(lanes), 1 << 16).num_distinct()
+
+
+def _sorted_patterns(lanes: Tensor, candidate: Candidate, *, num_sampled: int) -> Tensor | None:
+    """Return a sample of the key's elements, sorted; None where rows differ at equal elements."""
+    size = min(len(lanes), num_sampled)
     places = torch.arange(size, device=lanes.device) * (len(lanes) // size)
     patterns = candidate.at(places)
     if patterns is None:
@@ -127,10 +139,7 @@ def _sample(lanes: Tensor, candidate: Candidate) -> int | None:
     rows = lanes.index_select(0, places[order])
     same = patterns[1:] == patterns[:-1]
     odd = (rows[1:] != rows[:-1]).any(1) & same
-    if int(odd.sum()) > 4 * _MOST_ODD * size:
-        return None
-    sample = Sample(patterns.view(-1, 1).cpu().numpy(), len(lanes), 1 << 16)
-    return sample.num_distinct()
+    return None if int(odd.sum()) > max(1, 4 * _MOST_ODD * size) else patterns
 
 
 def _is_small(

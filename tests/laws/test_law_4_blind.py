@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from offload import SavedTensorStore
 from tests.laws.outcomes import Outcome, gradient_of, is_allowed
-from tests.laws.savers import SAVERS
+from tests.laws.savers import SAVERS, Saved
 from tests.laws.settings import Around, plain
 from tests.laws.test_law_4_fresh import MOMENTS, VALUES
 from tests.laws.writes import BLIND
@@ -71,6 +71,51 @@ def test_plain_autograd_sees_none_of_these_writes() -> None:
         without, right = expected("product", write, values="many", moments=(MOMENTS[2],))
         assert not without.refused_by, write
         assert without != right, write
+
+
+def run_two(
+    savers: tuple[str, str], write: str, *, moments: tuple[str, ...], around: Around, alone: bool = False
+) -> Outcome:
+    """Save a tensor of few values and one of many, write to both, and return both gradients as one."""
+    torch.manual_seed(11)
+    other = torch.randn(9, 9, requires_grad=True)
+    with around:
+        both = [
+            SAVERS[saver](VALUES[values], alone=alone)
+            for saver, values in zip(savers, ("few", "many"), strict=True)
+        ]
+        for moment in MOMENTS[:2]:
+            if moment in moments:
+                write_to_all(both, write=write)
+            other = other.sin()
+    if MOMENTS[2] in moments:
+        write_to_all(both, write=write)
+    outcomes = [gradient_of(saved.output, saved.leaf) for saved in both]
+    refused = [outcome for outcome in outcomes if outcome.refused_by]
+    return refused[0] if refused else Outcome(gradient=b"".join(outcome.gradient for outcome in outcomes))
+
+
+def write_to_all(both: list[Saved], *, write: str) -> None:
+    for saved in both:
+        write_to(saved.target, write=write)
+
+
+PAIRS = list(product(product(sorted(SAVERS), repeat=2), sorted(BLIND), TIMES))
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_a_gradient_of_two_blindly_written_tensors_is_no_third_one(
+    part: int, *, store: SavedTensorStore
+) -> None:
+    breaches = []
+    for savers, write, moments in random.sample(PAIRS, 60):
+        without, right = (
+            run_two(savers, write, moments=moments, around=plain(), alone=alone) for alone in (False, True)
+        )
+        got = run_two(savers, write, moments=moments, around=store)
+        if not is_allowed(got, plain=without, right=right, blind=True):
+            breaches.append(f"{savers}, {write}, {moments}: {got.refused_by or 'a third result'}")
+    assert not breaches, f"in part {part}: " + "\n".join(breaches)
 
 
 def fused_optimizer(around: Around, *, alone: bool, values: Tensor) -> Outcome:

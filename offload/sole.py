@@ -1,0 +1,36 @@
+"""Whether the store alone has a storage: nobody else can then read it, or write to it."""
+
+import sys
+
+import torch
+
+_use_count = getattr(torch._C, "_storage_Use_Count", None)  # private; without it nothing is the store's alone
+
+
+def is_sole(storage: torch.UntypedStorage, *, num_aliases: int) -> bool:
+    """Return whether `storage` is reached through `num_aliases` tensors, which the caller has, and the
+    caller's own variable; False where that cannot be told.
+
+    Memory that torch did not allocate itself (numpy's, dlpack's) has other owners, and so has shared memory.
+    """
+    if _use_count is None or not storage.resizable():
+        return False
+    counts = sys.getrefcount(storage), _use_count(storage._cdata)
+    return counts == (_NUM_NAMES, _NUM_OWNERS + num_aliases) and not storage.is_shared()
+
+
+def _count_alone() -> tuple[int, int]:
+    """Count what a storage of one tensor and one variable has, both as `is_sole` does: its Python object has
+    references, and the storage owners, that differ between releases of torch.
+    """
+    tensor = torch.empty(1)
+    storage = tensor.untyped_storage()
+
+    def count(storage: torch.UntypedStorage) -> tuple[int, int]:
+        owners = _use_count(storage._cdata) if _use_count is not None else 0
+        return sys.getrefcount(storage), owners - 1
+
+    return count(storage)
+
+
+_NUM_NAMES, _NUM_OWNERS = _count_alone()
