@@ -33,6 +33,7 @@ def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("coremltools") is None, reason=rival.MISSING)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # its own
 def test_the_rival() -> None:
     row = rival.measure_palettizer(torch.randn(256, 256) * 0.02, num_rounds=1)
     assert row["saved_bytes"] > 100 * 4 * 256**2 / 4
