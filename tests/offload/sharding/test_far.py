@@ -5,7 +5,6 @@ from torch import Tensor
 
 from offload.codecs.index_list import IndexLists
 from offload.codecs.raw import RawPayload
-from offload.dedupe import StorageIndex
 from offload.digest import digest_of
 from offload.handle import Encoded, Entry
 from offload.layout import lift
@@ -73,9 +72,9 @@ def test_what_was_leased_is_not_announced_again() -> None:
     flat = torch.randint(256, (5000,), dtype=torch.uint8)
     layout, source = lift(flat)
     entry = Entry(Encoded(RawPayload(flat), start=None, charge=None), line=Line(), digest=digest_of(source))
-    record, row = StorageIndex(Ledger()).record(flat.untyped_storage()), Row("", shape=(), dtype=flat.dtype)
+    row = Row("", shape=(), dtype=flat.dtype)
     row.count("raw")
     for _ in range(2):
-        sharer.add(entry, layout=layout, record=record, row=row, stage="raw")
+        sharer.add(entry, layout=layout, row=row, stage="raw")
         sharer.share(is_final=True)
     assert sharding.announced == [digest_of(source)]
