@@ -24,8 +24,7 @@ class StorageRecord(weakref.ref[torch.UntypedStorage]):
     __slots__ = ("_entry", "_entry_version", "charge", "counted_step", "num_bytes")
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
-        super().__init__(storage)  # type: ignore[call-arg]
-        self.num_bytes = 0
+        self.num_bytes = storage.nbytes()
         self.charge: weakref.ref[Charge] | None = None
         self.counted_step = -1
         self._entry: weakref.ref[Entry] | None = None
@@ -58,24 +57,22 @@ class StorageIndex:
         self.counted_bytes = 0
         self._sweep()
 
-    def record(self, storage: torch.UntypedStorage) -> StorageRecord:
-        """Return the record of `storage`, a new one when it was not seen alive before."""
-        record = self._records.get(id(storage))
-        if record is None or record() is not storage:
-            if len(self._records) >= self._most_records:
-                self._sweep()
-            record = self._records[id(storage)] = StorageRecord(storage)
-        record.num_bytes = storage.nbytes()
-        return record
-
     def _sweep(self) -> None:
         # All at once: a callback at each storage's end would run Python between the operators of backward.
         self._records = {key: record for key, record in self._records.items() if record() is not None}
         self._most_records = max(_LEAST_SWEPT, 2 * len(self._records))
 
-    def saved(self, storage: torch.UntypedStorage) -> StorageRecord:
-        """Return the record of a storage of which something is being saved, and count it."""
-        record = self.record(storage)
+    def record(self, storage: torch.UntypedStorage) -> StorageRecord:
+        """Return the record of a storage of which something is being saved, a new one when it was not seen
+        alive before, and count it.
+        """
+        record = self._records.get(id(storage))
+        if record is None or record() is not storage:
+            if len(self._records) >= self._most_records:
+                self._sweep()
+            record = self._records[id(storage)] = StorageRecord(storage)
+        else:
+            record.num_bytes = storage.nbytes()
         if record.counted_step != self._step:
             record.counted_step = self._step
             self.counted_bytes += record.num_bytes

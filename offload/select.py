@@ -48,7 +48,8 @@ def plain_storage(tensor: Tensor) -> torch.UntypedStorage | None:
     if type(tensor) is not Tensor:
         return None
     base = tensor._base
-    if base is not None and isinstance(base, nn.Parameter):
+    # isinstance(_, Parameter) runs Python, and no plain tensor is one.
+    if base is not None and type(base) is not Tensor and isinstance(base, nn.Parameter):
         return None
     return _readable_storage(tensor)
 
@@ -74,6 +75,4 @@ def _readable_storage(tensor: Tensor) -> torch.UntypedStorage | None:
         storage = tensor.untyped_storage()
     except RuntimeError:  # sparse ones, functorch's wrappers and the like refuse to show a storage
         return None
-    if storage.data_ptr() == 0 and (storage.nbytes() or tensor.is_meta):
-        return None
-    return storage
+    return storage if storage.data_ptr() or not (storage.nbytes() or tensor.is_meta) else None

@@ -71,7 +71,8 @@ class Settler:
         self._offers = Offers(self._lists.tensors)
         self.sharer = Sharer(sharding, ledger=ledger)
         self._queue = _Queue()
-        self._num_pending = 0  # of all threads: on most saves there are none, and no queue is looked at
+        self.num_pending = 0
+        """Saves of all threads that have not settled: mostly there are none, and no queue is looked at."""
 
     @property
     def storage_bytes(self) -> int:
@@ -88,7 +89,7 @@ class Settler:
     def admit(self, tensor: Tensor, storage: torch.UntypedStorage, *, row: Row, line: Line) -> Handle | Kept:
         """Return the handle of a save of a plain tensor on `storage`."""
         alias = tensor.detach()
-        record = self._storages.saved(storage)
+        record = self._storages.record(storage)
         known = record.entry(alias._version) if self._dedupe else None
         # A storage that was read once is read again: its saves are to share one payload (Law 5).
         unread = self._dedupe and known is None and not line.reading.is_worth_trying()
@@ -106,7 +107,7 @@ class Settler:
             known.follows = True
         if self._codecs and line.encoding.is_hopeful and line.others.is_hopeful:
             self._offers.offer_parameters(tensor)
-        charge, new_bytes = self._charge(source, record)
+        charge, new_bytes = self._storages.charge(record) if self._dedupe else self._charge_apart(source)
         reference = Reference(source, num_bytes=record.num_bytes, charge=charge)
         entry = Entry(reference, line=line, digest=digest, follows=known is not None and known.follows)
         record.put(entry, source._version)
@@ -114,7 +115,7 @@ class Settler:
         pending = Pending(sequence, weakref.ref(entry), layout, record, row, record.num_bytes, new_bytes)
         self._queue.pending.append(pending)
         self._queue.num_bytes += record.num_bytes
-        self._num_pending += 1
+        self.num_pending += 1
         return Handle(entry, layout=layout)
 
     def keep(self, tensor: Tensor) -> Kept:
@@ -132,15 +133,13 @@ class Settler:
         Not one by one: between two operators the caches are theirs, and each look at a tensor would cost
         several times what it does right after another one.
         """
-        if not self._num_pending:
-            return
         if self._queue.num_bytes > _BATCH_BYTES or len(self._queue.pending) > _BATCH_SAVES:
             self._settle_queue(now=_get_sequence_nr())
             self._share(is_final=False)
 
     def settle_all(self) -> None:
         """Settle all that this thread saved. To be called outside any operator."""
-        if self._num_pending:
+        if self.num_pending:
             self._settle_queue(now=None)
         self._share(is_final=True)
 
@@ -159,27 +158,25 @@ class Settler:
         with _disable_current_modes():
             while queue and queue[0].sequence != now:
                 pending = queue.popleft()
-                self._num_pending -= 1
+                self.num_pending -= 1
                 self._queue.num_bytes -= pending.num_bytes
                 self._settle(pending)
 
     def drop_all(self) -> None:
         """Leave what this thread saved by reference."""
-        self._num_pending -= len(self._queue.pending)
+        self.num_pending -= len(self._queue.pending)
         self._queue.pending.clear()
         self._queue.num_bytes = 0
 
     def _keep(self, alias: Tensor, record: StorageRecord, row: Row) -> Kept:
-        charge, new_bytes = self._charge(alias, record)
+        charge, new_bytes = self._storages.charge(record) if self._dedupe else self._charge_apart(alias)
         kept = Kept(alias, num_bytes=record.num_bytes, charge=charge)
         row.count("reference", kept_bytes=new_bytes)
         if self._codecs:
             self._offers.offer_kept(kept, kept_bytes=record.num_bytes)
         return kept
 
-    def _charge(self, alias: Tensor, record: StorageRecord) -> tuple[Charge, int]:
-        if self._dedupe:
-            return self._storages.charge(record)
+    def _charge_apart(self, alias: Tensor) -> tuple[Charge, int]:
         num_bytes = min(lift(alias)[0].span_bytes(), alias.nbytes)
         return self._ledger.charge(num_bytes), num_bytes
 

@@ -1,5 +1,6 @@
 """What was saved, by whom, and what each stage won."""
 
+import math
 import threading
 from collections import deque
 from collections.abc import Mapping
@@ -63,10 +64,12 @@ class Ledger:
     def charge(self, num_bytes: int) -> Charge:
         """Return a charge of `num_bytes`; whoever owns the memory owns the charge."""
         with self._lock:
-            self._book()
-            self._held_bytes += num_bytes
+            if self._given_back:
+                self._book()
             self.charged_bytes += num_bytes
-            self._peak_bytes = max(self._peak_bytes, self._held_bytes)
+            self._held_bytes += num_bytes
+            if self._held_bytes > self._peak_bytes:
+                self._peak_bytes = self._held_bytes
         return Charge(num_bytes, self._given_back)
 
     def read(self) -> tuple[int, int]:
@@ -91,6 +94,7 @@ class Row:
 
     __slots__ = (
         "dtype",
+        "each_bytes",
         "kept_bytes",
         "num_by_stage",
         "num_saved",
@@ -103,6 +107,7 @@ class Row:
         self.site = site
         self.shape = shape
         self.dtype = dtype
+        self.each_bytes = math.prod(shape) * dtype.itemsize
         self.num_saved = 0
         self.saved_bytes = 0
         self.kept_bytes = 0

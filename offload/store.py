@@ -154,12 +154,13 @@ class SavedTensorStore:
         with self._lock:
             if not self._is_alone:
                 self._settler.sharer.begin_pack()
-            self._settler.settle_returned()
+            if self._settler.num_pending:
+                self._settler.settle_returned()
             storage = plain_storage(tensor)
             if storage is None:
                 return self._pack_apart(tensor)
             row, line = self._row_and_line(tensor, shape=tensor.shape, is_dense=tensor.is_contiguous())
-            row.saved_bytes += tensor.nbytes
+            row.saved_bytes += row.each_bytes
             return self._settler.admit(tensor, storage, row=row, line=line)
 
     def _pack_apart(self, tensor: Tensor) -> Kept | Distributed:

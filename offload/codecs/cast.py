@@ -12,6 +12,7 @@ from torch import Tensor
 from offload.codecs.base import Block, Codec, Payload
 from offload.codecs.index_list import IndexLists
 from offload.part import Part
+from offload.same import same_bytes
 
 _CASTS: Mapping[int, tuple[tuple[torch.dtype, torch.dtype], ...]] = {
     # Not float64 in float32: how a subnormal is read depends on the reading thread's set_flush_denormal.
@@ -92,4 +93,4 @@ def _cast(lanes: Tensor, wide: torch.dtype, narrow: torch.dtype) -> Tensor | Non
     if lanes.element_size() != wide.itemsize:
         lanes = lanes.view(_INTEGERS[wide.itemsize])
     small = lanes.view(wide).to(narrow)
-    return small if torch.equal(small.to(wide).view(lanes.dtype), lanes) else None
+    return small if same_bytes(small.to(wide).view(lanes.dtype), lanes) else None

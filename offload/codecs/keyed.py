@@ -12,6 +12,7 @@ from offload.codecs.base import Block, Codec, Payload
 from offload.codecs.distinct import chunk_rows
 from offload.codecs.index_list import IndexList, IndexLists
 from offload.codecs.table import TablePayload
+from offload.same import same_bytes
 
 _NUM_SAMPLED = 64
 
@@ -76,11 +77,11 @@ def _sample_agrees(block: Block, width_bytes: int, index: IndexList) -> bool:
     size = min(index.num_rows, _NUM_SAMPLED)
     places = torch.arange(size, device=lanes.device) * (index.num_rows // size)
     theirs = index.first.index_select(0, index.numbers_at(places))
-    return torch.equal(lanes.index_select(0, theirs), lanes.index_select(0, places))
+    return same_bytes(lanes.index_select(0, theirs), lanes.index_select(0, places))
 
 
 def _agrees(lanes: Tensor, table: Tensor, numbers: Tensor) -> bool:
     """Whether `table[numbers]` is `lanes` in every row."""
     step = chunk_rows(lanes)
     chunks = (slice(start, start + step) for start in range(0, len(lanes), step))
-    return all(torch.equal(table.index_select(0, numbers[chunk]), lanes[chunk]) for chunk in chunks)
+    return all(same_bytes(table.index_select(0, numbers[chunk]), lanes[chunk]) for chunk in chunks)

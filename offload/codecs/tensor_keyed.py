@@ -18,6 +18,7 @@ from offload.codecs.index_list import IndexLists
 from offload.codecs.key import Key, digest_of
 from offload.errors import StoreError
 from offload.part import Part
+from offload.same import same_bytes
 
 _NUM_SAMPLED = (255, 4095)
 """Few tell most wrong keys; odd, so that the places do not keep time with powers of two."""
@@ -165,7 +166,7 @@ def _encode(lanes: Tensor, key: Key, flat: Tensor) -> TensorKeyedPayload | None:
     num_odd, most_odd = 0, int(_MOST_ODD * len(rows))
     for chunk, numbers in key.numbers(flat):
         theirs = table.index_select(0, numbers)
-        if torch.equal(theirs, rows[chunk]):
+        if same_bytes(theirs, rows[chunk]):
             continue
         differs = (theirs != rows[chunk]).view(len(theirs), -1).any(1).nonzero().squeeze(1)
         num_odd += len(differs)
