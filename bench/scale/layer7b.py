@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from bench.rounds import step_seconds
 from bench.saved import storage_bytes
 from bench.scale.child import run_child
-from bench.scale.plain import plain_dkm
+from bench.scale.plain import ITERATIONS, plain_dkm
 from bench.scale.room import require_memory
 from bench.scale.shape import LLAMA_7B, Shape
 from edkm import DKMConfig, cluster
@@ -24,7 +24,6 @@ PEAK_LIMIT_BYTES = 4 << 30
 
 _NUM_TOKENS = 512
 _BITS = 3
-_ITERATIONS = DKMConfig().iterations
 _LIMIT_DENSE, _LIMIT_COPIES = 2, 10
 
 
@@ -46,7 +45,7 @@ def measure(shape: Shape = LLAMA_7B, *, num_tokens: int = _NUM_TOKENS, num_round
     result["copy_seconds"] = timed["copy"]
     dense, ours = (statistics.median(timed[way]) for way in ("dense", "edkm"))
     limit = _LIMIT_DENSE * dense + _LIMIT_COPIES * timed["copy"]
-    result["plain_dkm"] = plain_dkm(shape.num_clustered, bits=_BITS, iterations=_ITERATIONS)
+    result["plain_dkm"] = plain_dkm(shape.num_clustered, bits=_BITS, iterations=ITERATIONS)
     return result | {
         "limit_seconds": round(limit, 3),
         "within_limits": ours <= limit and result["edkm"]["peak_bytes"] <= PEAK_LIMIT_BYTES,
@@ -77,7 +76,7 @@ class LayerStep:
         rotary = LlamaRotaryEmbedding(shape.config())
         self._position = rotary(self._hidden, torch.arange(num_tokens)[None])
         if clustered:
-            cluster(self.layer, DKMConfig(bits=_BITS, iterations=_ITERATIONS))
+            cluster(self.layer, DKMConfig(bits=_BITS, iterations=ITERATIONS))
 
     def forward(self) -> Tensor:
         """Run forward, on a hidden state that wants a gradient as in the middle of a model."""

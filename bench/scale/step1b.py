@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from bench.scale.child import run_child
-from bench.scale.plain import plain_dkm
+from bench.scale.plain import ITERATIONS, plain_dkm
 from bench.scale.room import require_memory
 from bench.scale.shape import LLAMA_1B, Shape
 from edkm import DKMConfig, cluster
@@ -20,7 +20,7 @@ PEAK_LIMIT_BYTES = 16 << 30
 """Of the process that trains."""
 
 _NUM_TOKENS = 128
-_CONFIG = DKMConfig(bits=3, embedding_bits=8)
+_CONFIG = DKMConfig(bits=3, embedding_bits=8, iterations=ITERATIONS)
 _LEARNING_RATE = 1e-3
 # bfloat16 each: weight, gradient, two moments, what roundings lost, and the clustered weight.
 _BYTES_PER_WEIGHT = 12

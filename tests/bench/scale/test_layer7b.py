@@ -27,7 +27,7 @@ def test_every_figure_is_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     # What each linear runs on, in bf16, and little else.
     grown = result["edkm"]["held_bytes"] - result["dense"]["held_bytes"]
     assert 0 < grown <= 2 * result["num_clustered"] + 7 * 2000
-    assert result["plain_dkm"]["kept_bytes"] > 50 * result["num_clustered"]
+    assert result["plain_dkm"]["kept_bytes"] > 100 * result["num_clustered"]
     monkeypatch.setattr(layer7b, "measure", lambda: dict(result))
     monkeypatch.setattr(sys, "argv", ["bench.scale", "layer7b", "--json"])
     command.main()
