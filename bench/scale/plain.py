@@ -9,8 +9,8 @@ from bench.saved import storage_bytes
 from edkm import dkm
 
 ITERATIONS = 3
-"""Of k-means in a forward pass, as Core ML Tools has it by default. It is the harder case: a recipe that carries
-its centroids does with one."""
+"""Of k-means in a forward pass, as Core ML Tools has it by default. It is the harder case: a recipe that
+carries its centroids does with one."""
 
 _SIZE = 512
 
