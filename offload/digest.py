@@ -13,12 +13,16 @@ _READ_ONLY = 0x100  # PyBUF_READ
 
 
 def digest_of(source: Tensor) -> bytes:
-    """Return the xxh3-128 digest of the whole storage of `source`, 16 bytes.
+    """Return the xxh3-128 digest of the whole storage of `source`, 16 bytes."""
+    return digest_of_storage(source.untyped_storage())
+
+
+def digest_of_storage(storage: torch.UntypedStorage) -> bytes:
+    """Return the xxh3-128 digest of all bytes of `storage`, 16 bytes.
 
     Read through a raw buffer: `Tensor.numpy()` would make the storage non-resizable for ever, which breaks
     FSDP2. A storage on another device is copied to the host first.
     """
-    storage: torch.UntypedStorage = source.untyped_storage()
     if storage.device.type != "cpu":
         storage = storage.cpu()  # type: ignore[no-untyped-call]
     return xxhash.xxh3_128_digest(_memory_view(storage.data_ptr(), storage.nbytes(), _READ_ONLY))

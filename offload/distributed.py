@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from offload.errors import StaleTensorError
+from offload.handle import Handle
 
 _LOCAL = "_local_tensor"
 
@@ -48,13 +49,17 @@ class Distributed:
 
     def open(self) -> Tensor:
         """Return the DTensor as it was saved, or raise StaleTensorError."""
-        if self._counter._version != self._version and self._handle.is_reference:
+        has_moved = self._counter._version != self._version
+        if has_moved and self._handle.is_reference:
             raise StaleTensorError(
                 f"backward needs a saved DTensor of shape {tuple(self._shape)}, kept by reference, but "
                 f"it is at version {self._counter._version} and was saved at version {self._version}: it was "
                 "changed in place after it was saved. Change a clone, or move the change behind backward."
             )
-        inner = self._inner | {_LOCAL: self._handle.open()}
+        # What its counter saw moved no counter of the local tensor, which would seem to be written blindly.
+        handle = self._handle
+        local = handle.open_own() if has_moved and isinstance(handle, Handle) else handle.open()
+        inner = self._inner | {_LOCAL: local}
         unflatten = self._type.__tensor_unflatten__  # type: ignore[attr-defined]
         whole: Tensor = unflatten(inner, self._context, self._shape, self._stride)
         return whole.detach()

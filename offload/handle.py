@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from offload.codecs.base import Payload
 from offload.errors import RankMismatchError, StaleTensorError
@@ -64,20 +65,25 @@ class Reference(Content):
         return len(self._savers) - 1
 
     @property
-    def is_sole(self) -> bool:
-        """Whether nobody else has the storage, as far as that can be told."""
+    def charge(self) -> Charge | None:
+        """What is charged for the storage."""
+        return self._charge
+
+    def is_sole(self, *, num_payloads: int = 0) -> bool:
+        """Return whether nobody else has the storage, but so many payloads, as far as that can be told."""
         storage = self.source.untyped_storage()
-        return is_sole(storage, num_aliases=len(self._savers))
+        return is_sole(storage, num_aliases=len(self._savers) + num_payloads)
 
     def watch(self, digest: bytes) -> Watch | None:
         """Return what tells of writes behind the counters from now on; None where nobody else can write."""
-        return None if self.is_sole else Watch(self._savers, digest=digest)
+        return None if self.is_sole() else Watch(self._savers, digest=digest)
 
     def open(self, layout: Layout, saver: int) -> Tensor:
         """Return the tensor; raises StaleTensorError when it is no longer what was saved."""
         source, version = self._savers[saver]
         _require_fresh(source, version, self._num_bytes)
-        return lay(layout, source)
+        # An alias of the reader's own: autograd may hand out what it gets, and `is_sole` counts aliases.
+        return lay(layout, source.detach())
 
 
 class Encoded(Content):
@@ -154,13 +160,23 @@ class Handle:
 
     def open(self) -> Tensor:
         """Return the saved tensor as it was saved, or raise StaleTensorError or RankMismatchError."""
-        entry = self._entry
-        if entry.watch is not None:
-            written = entry.watch.written(self._saver)
-            if written is not None:
+        watch = self._entry.watch
+        written = watch.written() if watch is not None else None
+        if written is not None:
+            with _disable_current_modes():
                 return lay_on(self._layout, written)
+        return self.open_own()
+
+    def open_own(self) -> Tensor:
+        """Return it as it was saved also where the storage that others have was written blindly."""
+        entry = self._entry
         try:
-            return entry.content.open(self._layout, self._saver)
+            while True:
+                content = entry.content
+                opened = content.open(self._layout, self._saver)
+                # Another thread may have taken the storage over before the reader's alias of it was counted.
+                if entry.content is content:
+                    return opened
         except RankMismatchError as error:
             raise RankMismatchError(
                 f"backward needs a saved tensor of shape {tuple(self._layout.shape)}, {self._layout.dtype}, "

@@ -96,11 +96,15 @@ def lay_bytes(layout: Layout, decoded: Tensor, *, start: int | None) -> Tensor:
     if start is None:
         laid = torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=decoded.device)
         return lay(layout, laid.copy_(decoded.view(layout.dtype).view(layout.shape)))
-    return lay_on(layout, decoded.untyped_storage(), offset=layout.offset - start // layout.dtype.itemsize)
+    empty = torch.empty(0, dtype=layout.dtype, device=decoded.device)
+    return _lay_on(layout, empty, decoded.untyped_storage(), layout.offset - start // layout.dtype.itemsize)
 
 
-def lay_on(layout: Layout, storage: torch.UntypedStorage, *, offset: int | None = None) -> Tensor:
-    """Return a tensor with `layout` on `storage`, at another offset if one is given."""
-    laid = torch.empty(0, dtype=layout.dtype, device=storage.device)
-    laid.set_(storage, layout.offset if offset is None else offset, layout.shape, layout.stride)
-    return lay(layout, laid)
+def lay_on(layout: Layout, storage: torch.UntypedStorage) -> Tensor:
+    """Return a tensor with `layout` on the storage that it was lifted off."""
+    empty = torch.empty(0, dtype=layout.dtype, device=storage.device)
+    return _lay_on(layout, empty, storage, layout.offset)
+
+
+def _lay_on(layout: Layout, empty: Tensor, storage: torch.UntypedStorage, offset: int) -> Tensor:
+    return lay(layout, empty.set_(storage, offset, layout.shape, layout.stride))

@@ -73,6 +73,6 @@ def _readable_storage(tensor: Tensor) -> torch.UntypedStorage | None:
         return None
     try:
         storage = tensor.untyped_storage()
-    except RuntimeError:  # sparse ones, functorch's wrappers and the like refuse to show a storage
+        return storage if storage.data_ptr() or not (storage.nbytes() or tensor.is_meta) else None
+    except RuntimeError:  # sparse ones, zeros of forward-mode AD, functorch's wrappers: they show no storage
         return None
-    return storage if storage.data_ptr() or not (storage.nbytes() or tensor.is_meta) else None

@@ -21,6 +21,7 @@ from offload.codecs.base import Codec
 from offload.codecs.choose import encode_best
 from offload.codecs.index_list import IndexLists
 from offload.codecs.raw import RawPayload
+from offload.codecs.tensor_keyed import TensorKeyed
 from offload.dedupe import ContentIndex, StorageIndex, StorageRecord
 from offload.digest import digest_of
 from offload.handle import Content, Encoded, Entry, Handle, Kept, Reference
@@ -105,7 +106,9 @@ class Settler:
                 row.count("storage")
                 return Handle(known, layout=layout, saver=known.content.add(source))
             known.follows = True
-        if self._codecs and line.encoding.is_hopeful and line.others.is_hopeful:
+        # No other codec than this needs to hear of keys.
+        asks = line.encoding.is_hopeful and (line.others.is_hopeful or line.codec == TensorKeyed.name)
+        if self._codecs and asks:
             self._offers.offer_parameters(tensor)
         charge, new_bytes = self._storages.charge(record) if self._dedupe else self._charge_apart(source)
         reference = Reference(source, num_bytes=record.num_bytes, charge=charge)
@@ -240,12 +243,16 @@ class Settler:
         theirs = known.content.source
         if known.follows or known.content.is_stale:
             return None
-        watch = known.content.watch(digest)
-        copy = self._take_over(theirs, layout) if watch is None else self._copy(theirs, layout)
+        reference, watch = known.content, known.content.watch(digest)
+        copy = self._copy(theirs, layout) if watch is not None else self._take_over(reference, layout)
         # One hash: they still had these bytes, and no other thread wrote while they were copied.
         if any(part.digest != digest for part in copy.parts):
             return None
         known.own(copy, watch=watch)
+        if watch is None and not reference.is_sole(num_payloads=1):
+            # Another thread got the storage just before; whoever comes after that gets the copy.
+            known.own(reference, watch=None)
+            return None
         return copy
 
     def _encode(self, source: Tensor, layout: Layout, line: Line) -> tuple[str, Content] | None:
@@ -258,7 +265,7 @@ class Settler:
         line.encoding.learn(won=found is not None)
         if found is None:
             return None
-        if not at_once:
+        if not at_once or found[0] != line.codec:
             line.others.learn(won=found[0] != line.codec)
         line.codec, payload = found
         return line.codec, Encoded(payload, start=start, charge=self._ledger.charge(payload.num_bytes))
@@ -268,11 +275,10 @@ class Settler:
         charge = self._ledger.charge(block.num_bytes)
         return Encoded(RawPayload(block.flat.clone()), start=start, charge=charge)
 
-    def _take_over(self, source: Tensor, layout: Layout) -> Encoded:
-        """Return the storage of `source` as a payload: nobody else has it, so that readers get copies."""
-        block, start = block_of(source, layout, whole_storage=True)
-        charge, _ = self._storages.charge(self._storages.record(source.untyped_storage()))
-        return Encoded(RawPayload(block.flat), start=start, charge=charge)
+    def _take_over(self, reference: Reference, layout: Layout) -> Encoded:
+        """Return the storage of a reference as a payload: nobody else has it, and readers get copies."""
+        block, start = block_of(reference.source, layout, whole_storage=True)
+        return Encoded(RawPayload(block.flat), start=start, charge=reference.charge)
 
 
 class _Queue(threading.local):

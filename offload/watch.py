@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from offload.digest import digest_of
+from offload.digest import digest_of_storage
 
 
 class Watch:
@@ -26,16 +26,19 @@ class Watch:
         self._digest = digest
         self._counters = [(_counter_of(source), version) for source, version in savers]
 
-    def written(self, saver: int) -> torch.UntypedStorage | None:
-        """Return the storage if it is alive with other bytes than were saved, and the counter of save number
-        `saver` did not move; None where what was saved is what to return.
+    def written(self) -> torch.UntypedStorage | None:
+        """Return the storage if it is alive with other bytes than were saved and no counter moved; None where
+        what was saved is what to return.
         """
         storage = self._storage()
-        counter, version = self._counters[saver]
-        if storage is None or counter._version != version or storage.nbytes() != self._num_bytes:
+        if storage is None or storage.nbytes() != self._num_bytes or self._has_moved:
             return None
-        alias = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-        return storage if digest_of(alias) != self._digest else None
+        return storage if digest_of_storage(storage) != self._digest else None
+
+    @property
+    def _has_moved(self) -> bool:
+        # Any of them: what one counter saw is no blind write to those who saved by another one.
+        return any(counter._version != version for counter, version in self._counters)
 
 
 def _counter_of(source: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from offload import SavedTensorStore, StaleTensorError
 from offload.layout import lift
@@ -190,3 +191,19 @@ def test_a_window_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert store.stats.num_by_stage == {"reference": 1}
     output.sum().backward()
     assert torch.equal(weight.grad, torch.zeros(64))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, at the first dual
+def test_forward_over_reverse_runs() -> None:
+    """Zeros of forward-mode AD have a storage whose address cannot be asked for."""
+
+    def product(around: Around) -> Tensor:
+        torch.manual_seed(3)
+        x, weight = torch.randn(2048, requires_grad=True), torch.randn(2048, requires_grad=True)
+        with around, forward_ad.dual_level():
+            y = forward_ad.make_dual(x, torch.ones(2048)) * weight * x.sin()
+            forward_ad.unpack_dual(y).tangent.sum().backward()
+        assert weight.grad is not None
+        return weight.grad
+
+    assert bits(product(SavedTensorStore())) == bits(product(plain()))

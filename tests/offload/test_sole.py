@@ -1,6 +1,10 @@
 """Who has a storage, and equal bytes that are not copied because nobody else has theirs."""
 
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from offload import SavedTensorStore
+from offload import SavedTensorStore, sole
 from offload.sole import is_sole
 
 Keep = Callable[[Tensor], object]
@@ -114,3 +118,83 @@ def test_what_somebody_else_has_is_copied_first() -> None:
     output.sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, right)
+
+
+def test_what_unpack_handed_out_is_somebody_elses() -> None:
+    x, store = torch.ones(4096, requires_grad=True), SavedTensorStore()
+    with store:
+        first = x * torch.full((4096,), 2.0)
+        assert store.stats.num_saved == 1  # settled
+        handed = first.grad_fn._saved_other
+        second = x * torch.full((4096,), 2.0)
+    handed.add_(5)
+    for output in (first, second):
+        assert torch.autograd.grad(output.sum(), x)[0][0] == 2
+
+
+def test_a_backward_that_writes_to_what_it_read_while_another_thread_saves_the_same() -> None:
+    reading, saved = threading.Event(), threading.Event()
+
+    class Reused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: FunctionCtx, weight: Tensor, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return weight * x
+
+        @staticmethod
+        def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+            [x] = ctx.saved_tensors
+            reading.set()
+            saved.wait(5)
+            return x.mul_(3).mul_(gradient), None
+
+    store = SavedTensorStore()
+    weight, other = (torch.ones(4096, requires_grad=True) for _ in range(2))
+    with store:
+        output = Reused.apply(weight, torch.full((4096,), 2.0))
+    thread = threading.Thread(target=lambda: output.sum().backward())
+    thread.start()
+    reading.wait(5)
+    with store:
+        second = other * torch.full((4096,), 2.0)
+    saved.set()
+    thread.join()
+    second.sum().backward()
+    assert other.grad is not None
+    assert other.grad[0] == 2
+
+
+def test_storages_of_an_earlier_step_are_not_counted() -> None:
+    x, store = torch.ones(4096, requires_grad=True), SavedTensorStore()
+    outputs = []
+    for _ in range(2):
+        with store:
+            outputs.append(x * torch.full((4096,), 2.0))
+    assert store.stats.storage_bytes == store.stats.saved_bytes == x.nbytes
+
+
+COUNTED_UNDER_A_MODE = """
+import sys
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+made = []
+class Log(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made.append(function(*args, **(kwargs or {})))
+        return made[-1]
+def trace(frame, event, argument):
+    made.append(frame.f_locals)
+    return trace
+sys.settrace(trace)
+with Log():
+    from offload import sole
+sys.settrace(None)
+print(sole._NUM_NAMES, sole._NUM_OWNERS)
+"""
+
+
+def test_it_counts_what_is_alone_whoever_looks_on(root: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", COUNTED_UNDER_A_MODE], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == [str(sole._NUM_NAMES), str(sole._NUM_OWNERS)]

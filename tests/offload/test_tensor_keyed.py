@@ -202,3 +202,16 @@ def test_the_clustered_weight_of_a_linear_costs_a_table(layer: Callable[..., tup
         return [bits(x.grad), bits(weight.grad)]
 
     assert gradients(SavedTensorStore(uniquify=True)) == gradients(None)
+
+
+def test_a_line_that_wins_again_and_again_still_hears_of_keys() -> None:
+    weights = [nn.Parameter(torch.randn(1 << 17).bfloat16()) for _ in range(12)]
+    store = SavedTensorStore(uniquify=True)
+    held = []
+    for _ in range(3):
+        with store:
+            total = sum(weight.float().exp().sum() for weight in weights)
+        held.append(store.stats.held_bytes)
+        assert store.stats.num_by_stage["tensor-keyed"] == len(weights)
+        total.backward()
+    assert max(held) == min(held)
