@@ -205,7 +205,7 @@ def test_the_clustered_weight_of_a_linear_costs_a_table(layer: Callable[..., tup
 
 
 def test_a_line_that_wins_again_and_again_still_hears_of_keys() -> None:
-    weights = [nn.Parameter(torch.randn(1 << 17).bfloat16()) for _ in range(12)]
+    weights = [nn.Parameter(torch.randn(1 << 20).bfloat16()) for _ in range(12)]
     store = SavedTensorStore(uniquify=True)
     held = []
     for _ in range(3):
