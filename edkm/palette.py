@@ -74,9 +74,14 @@ class Palette(nn.Module):
         num_rows = math.prod(self.shape) // length
         indices = unpack(self.indices, num_indices=num_rows).view(num_groups, -1)
         weight = entries.new_empty(num_groups, indices.shape[1], length)
-        for group, (part, rows) in enumerate(zip(indices, weight, strict=True)):
-            for chunk, out in zip(torch.split(part, _CHUNK), torch.split(rows, _CHUNK), strict=True):
-                torch.index_select(entries, 0, chunk.int() + group * num_centroids, out=out)
+        starts = torch.arange(num_groups, dtype=torch.int32, device=entries.device).mul_(num_centroids)
+        # Small groups several at once, large ones a chunk at a time.
+        at_once = max(1, _CHUNK // max(1, indices.shape[1]))
+        split = [torch.split(each, at_once) for each in (indices, starts, weight)]
+        for parts, first, rows in zip(*split, strict=True):
+            for chunk, out in zip(torch.split(parts, _CHUNK, 1), torch.split(rows, _CHUNK, 1), strict=True):
+                numbers = chunk.int().add_(first.unsqueeze(1))
+                torch.index_select(entries, 0, numbers.view(-1), out=out.view(-1, length))
         return weight.view(self.shape)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
