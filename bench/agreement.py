@@ -4,9 +4,9 @@ import time
 
 from torch import Tensor
 
+from offload.ledger import Ledger
 from offload.part import Lease
 from offload.sharding.base import Sharding, Traffic
-from offload.stats import Ledger
 
 
 class Timed(Sharding):

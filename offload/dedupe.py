@@ -8,53 +8,39 @@ import torch
 from torch import Tensor
 
 from offload.handle import Entry
-from offload.stats import Charge, Ledger
 
 _LEAST_SWEPT = 1024
 """Records of dead storages are dropped when a step begins, and when there are more than so many."""
 
 
 class StorageRecord(weakref.ref[torch.UntypedStorage]):
-    """What the store knows of one storage, and a weak reference to it. All else it refers to weakly too:
-    handles own entries, entries own charges.
+    """A weak reference to a storage, one to the entry that it has, and when that was saved: handles own
+    entries.
 
-    A version only grows, so the newest alone can be saved again.
+    A version only grows, so the newest entry is the only one that can be saved again.
     """
 
-    __slots__ = ("_entry", "_entry_version", "charge", "counted_step", "num_bytes")
+    __slots__ = ("entry", "step", "version")
+    entry: weakref.ref[Entry]
+    step: int
+    version: int
 
-    def __init__(self, storage: torch.UntypedStorage) -> None:
-        self.num_bytes = storage.nbytes()
-        self.charge: weakref.ref[Charge] | None = None
-        self.counted_step = -1
-        self._entry: weakref.ref[Entry] | None = None
-        self._entry_version = -1
-
-    def entry(self, version: int) -> Entry | None:
+    def at(self, version: int) -> Entry | None:
         """Return the living entry of `version`, if any."""
-        return self._entry() if self._entry is not None and self._entry_version == version else None
-
-    def put(self, entry: Entry, version: int) -> None:
-        """Make `entry` the one that is found for `version`."""
-        self._entry = weakref.ref(entry)
-        self._entry_version = version
+        return self.entry() if self.version == version else None
 
 
 class StorageIndex:
-    """Living storages by identity: an address may come back after a free, a dead weak reference does not."""
+    """Entries by living storage: an address may come back after a free, a dead weak reference does not."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self) -> None:
         self._records: dict[int, StorageRecord] = {}
         self._most_records = _LEAST_SWEPT
         self._step = 0
-        self.counted_bytes = 0
-        """Of the storages that were saved since the step began, each once."""
 
     def begin_step(self) -> None:
-        """Count every storage anew."""
+        """Forget which storages were saved in this step."""
         self._step += 1
-        self.counted_bytes = 0
         self._sweep()
 
     def _sweep(self) -> None:
@@ -62,32 +48,21 @@ class StorageIndex:
         self._records = {key: record for key, record in self._records.items() if record() is not None}
         self._most_records = max(_LEAST_SWEPT, 2 * len(self._records))
 
-    def record(self, storage: torch.UntypedStorage) -> StorageRecord:
-        """Return the record of a storage of which something is being saved, a new one when it was not seen
-        alive before, and count it.
-        """
+    def find(self, storage: torch.UntypedStorage) -> StorageRecord | None:
+        """Return what is known of a storage."""
         record = self._records.get(id(storage))
-        if record is None or record() is not storage:
-            if len(self._records) >= self._most_records:
-                self._sweep()
-            record = self._records[id(storage)] = StorageRecord(storage)
-        else:
-            record.num_bytes = storage.nbytes()
-        if record.counted_step != self._step:
-            record.counted_step = self._step
-            self.counted_bytes += record.num_bytes
-        return record
+        return record if record is not None and record() is storage else None
 
-    def charge(self, record: StorageRecord) -> tuple[Charge, int]:
-        """Return the one charge for keeping this storage by reference, whatever number of entries do, and the
-        bytes that it adds to what was charged.
-        """
-        charge = record.charge() if record.charge is not None else None
-        if charge is not None:
-            return charge, 0
-        charge = self._ledger.charge(record.num_bytes)
-        record.charge = weakref.ref(charge)
-        return charge, record.num_bytes
+    def is_counted(self, record: StorageRecord | None) -> bool:
+        """Return whether it is a storage that was put in this step."""
+        return record is not None and record.step == self._step
+
+    def put(self, entry: Entry, storage: torch.UntypedStorage, *, version: int) -> None:
+        """Make `entry` the one that is found."""
+        if len(self._records) >= self._most_records:
+            self._sweep()
+        record = self._records[id(storage)] = StorageRecord(storage)
+        record.entry, record.version, record.step = weakref.ref(entry), version, self._step
 
 
 class ContentIndex:

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from offload.codecs.base import Payload
 from offload.errors import RankMismatchError, StaleTensorError
 from offload.layout import Layout, lay, lay_bytes, lay_on
+from offload.ledger import Charge, Ledger
 from offload.part import Part
 from offload.patience import Line
 from offload.sole import is_sole
-from offload.stats import Charge, Ledger
 from offload.watch import Watch
 
 
@@ -187,16 +187,15 @@ class Handle:
 class Kept:
     """What autograd keeps for a save that stays by reference and shares no payload: most saves of most steps.
 
-    Owns the alias, so the storage lives, and a share of the storage's charge.
+    Owns the alias, so the storage lives; the store's ledger knows it as a holder of that.
     """
 
+    # No __init__, which would be one more entry from C to Python with cold caches: `kept_of` makes it.
     __slots__ = ("__weakref__", "_alias", "_charge", "_num_bytes", "_version")
-
-    def __init__(self, alias: Tensor, *, num_bytes: int = 0, charge: Charge | None = None) -> None:
-        self._alias = alias
-        self._version = alias._version
-        self._num_bytes = num_bytes
-        self._charge = charge
+    _alias: Tensor
+    _charge: Charge | None
+    _num_bytes: int
+    _version: int
 
     @property
     def is_reference(self) -> bool:
@@ -216,6 +215,16 @@ class Kept:
         ):
             _require_fresh(alias, self._version, self._num_bytes)
         return alias
+
+
+def kept_of(alias: Tensor, *, num_bytes: int = 0, charge: Charge | None = None) -> Kept:
+    """Return the keeper of `alias`, on a storage of `num_bytes`, 0 if that may go and come (FSDP's do)."""
+    kept = Kept()
+    kept._alias = alias
+    kept._version = alias._version
+    kept._num_bytes = num_bytes
+    kept._charge = charge
+    return kept
 
 
 def _require_fresh(alias: Tensor, version: int, num_bytes: int) -> None:

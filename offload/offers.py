@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from offload.codecs.candidates import Candidates
 from offload.errors import StoreError
-from offload.handle import Entry, Handle, Kept
+from offload.handle import Entry, Handle, Kept, kept_of
 from offload.layout import Layout
 from offload.select import has_plain_storage
 
@@ -76,7 +76,7 @@ def _parameter_finder(parameter: nn.Parameter) -> Find:
 
     def find() -> Kept | None:
         parameter = living()
-        return Kept(parameter.detach()) if parameter is not None else None
+        return kept_of(parameter.detach()) if parameter is not None else None
 
     return find
 

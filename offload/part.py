@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from offload.digest import digest_of_bytes
-from offload.stats import Ledger
+from offload.ledger import Ledger
 
 
 class Lease(ABC):

@@ -3,6 +3,7 @@ lines for nothing.
 """
 
 _NUM_LOST = 8
+_LEAST_SKIPPED = 8
 _MOST_SKIPPED = 128
 
 
@@ -10,14 +11,15 @@ class Patience:
     """How a line of code has fared with a stage: it is tried until it won nothing eight times in a row, then
     now and then.
 
-    Between two trials 1, 2, 4 ... 128 saves are skipped; one that wins makes the line worth trying again.
+    Between two trials 8, 16 ... 128 saves are skipped; one that wins makes the line worth trying again.
     """
 
-    __slots__ = ("_num_lost", "_num_skipped")
+    __slots__ = ("_gap", "_num_lost", "_num_to_skip")
 
     def __init__(self) -> None:
         self._num_lost = 0
-        self._num_skipped = 0
+        self._gap = 0
+        self._num_to_skip = 0
 
     @property
     def is_hopeful(self) -> bool:
@@ -26,16 +28,17 @@ class Patience:
 
     def is_worth_trying(self) -> bool:
         """Return whether to try the save that comes now."""
-        excess = self._num_lost - _NUM_LOST
-        if excess < 0 or self._num_skipped >= min(_MOST_SKIPPED, 1 << min(excess, 7)):
-            self._num_skipped = 0
-            return True
-        self._num_skipped += 1
-        return False
+        if self._num_to_skip:
+            self._num_to_skip -= 1
+            return False
+        self._num_to_skip = self._gap  # what this trial comes to is learnt later
+        return True
 
     def learn(self, *, won: bool) -> None:
         """Take note of what trying a save came to."""
         self._num_lost = 0 if won else self._num_lost + 1
+        excess = min(self._num_lost - _NUM_LOST, 7)
+        self._gap = self._num_to_skip = min(_MOST_SKIPPED, _LEAST_SKIPPED << excess) if excess >= 0 else 0
 
 
 class Line:

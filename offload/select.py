@@ -30,11 +30,9 @@ def kind_of(tensor: Tensor) -> Kind:
     FSDP frees and refills the storage of its parameters between pack and unpack, so they must never be
     copied.
     """
-    base = tensor._base
-    # isinstance(_, Parameter) runs Python: asked only where it can be true.
-    if base is not None and isinstance(base, nn.Parameter):
-        return Kind.PARAMETER
-    if type(tensor) is not Tensor and isinstance(tensor, nn.Parameter):
+    root = tensor if tensor._base is None else tensor._base
+    # isinstance(_, Parameter) runs Python: asked only where it cannot be told at once.
+    if type(root) is nn.Parameter or (type(root) is not Tensor and isinstance(root, nn.Parameter)):
         return Kind.PARAMETER
     if has_plain_storage(tensor):
         return Kind.PLAIN
@@ -49,7 +47,11 @@ def plain_storage(tensor: Tensor) -> torch.UntypedStorage | None:
         return None
     base = tensor._base
     # isinstance(_, Parameter) runs Python, and no plain tensor is one.
-    if base is not None and type(base) is not Tensor and isinstance(base, nn.Parameter):
+    if (
+        base is not None
+        and type(base) is not Tensor
+        and (type(base) is nn.Parameter or isinstance(base, nn.Parameter))
+    ):
         return None
     return _readable_storage(tensor)
 

@@ -22,16 +22,17 @@ from offload.codecs.choose import encode_best
 from offload.codecs.index_list import IndexLists
 from offload.codecs.raw import RawPayload
 from offload.codecs.tensor_keyed import TensorKeyed
-from offload.dedupe import ContentIndex, StorageIndex, StorageRecord
+from offload.dedupe import ContentIndex, StorageIndex
 from offload.digest import digest_of
-from offload.handle import Content, Encoded, Entry, Handle, Kept, Reference
+from offload.handle import Content, Encoded, Entry, Handle, Kept, Reference, kept_of
 from offload.layout import Layout, block_of, lift
+from offload.ledger import Charge, Claim, Ledger
 from offload.offers import Offers
 from offload.patience import Line
 from offload.select import is_window
 from offload.sharding.base import Sharding
 from offload.share import Sharer
-from offload.stats import Charge, Ledger, Row
+from offload.stats import Row
 
 _BATCH_BYTES = 8 << 20
 _BATCH_SAVES = 1024
@@ -44,10 +45,9 @@ class Pending(NamedTuple):
     sequence: int
     entry: "weakref.ref[Entry]"
     layout: Layout
-    record: StorageRecord
     row: Row
+    claim: Claim
     num_bytes: int
-    new_bytes: int
 
 
 class Settler:
@@ -66,7 +66,7 @@ class Settler:
         self._dedupe = dedupe
         self._min_bytes = min_bytes
         self._ledger = ledger
-        self._storages = StorageIndex(ledger)
+        self._storages = StorageIndex()
         self._contents = ContentIndex()
         self._lists = IndexLists(ledger)
         self._offers = Offers(self._lists.tensors)
@@ -75,31 +75,27 @@ class Settler:
         self.num_pending = 0
         """Saves of all threads that have not settled: mostly there are none, and no queue is looked at."""
 
-    @property
-    def storage_bytes(self) -> int:
-        """Bytes of the storages that were saved since the step began."""
-        return self._storages.counted_bytes
-
     def begin_step(self) -> None:
         """Start counting storages and the peak anew, and look which ranks there are."""
         self._storages.begin_step()
         self._lists.tensors.begin_step()
         self.sharer.begin_step()
-        self._ledger.reset_peak()
+        self._ledger.begin_step()
 
     def admit(self, tensor: Tensor, storage: torch.UntypedStorage, *, row: Row, line: Line) -> Handle | Kept:
         """Return the handle of a save of a plain tensor on `storage`."""
         alias = tensor.detach()
-        record = self._storages.record(storage)
-        known = record.entry(alias._version) if self._dedupe else None
+        num_bytes = storage.nbytes()
+        record = self._storages.find(storage)
+        known = record.at(alias._version) if record is not None and self._dedupe else None
         # A storage that was read once is read again: its saves are to share one payload (Law 5).
         unread = self._dedupe and known is None and not line.reading.is_worth_trying()
-        if unread or record.num_bytes < self._min_bytes:
-            return self._keep(alias, record, row)
+        if unread or num_bytes < self._min_bytes:
+            return self._keep(alias, storage, num_bytes=num_bytes, row=row)
         layout, source = lift(alias)
         # Where the storage was shrunk before the save, it would have to grow to be read.
-        if layout.span()[1] > record.num_bytes or is_window(layout, storage_bytes=record.num_bytes):
-            return self._keep(alias, record, row)
+        if layout.span()[1] > num_bytes or is_window(layout, storage_bytes=num_bytes):
+            return self._keep(alias, storage, num_bytes=num_bytes, row=row)
         digest = digest_of(source)
         if known is not None and isinstance(known.content, Reference):
             if known.digest == digest:
@@ -110,14 +106,15 @@ class Settler:
         asks = line.encoding.is_hopeful and (line.others.is_hopeful or line.codec == TensorKeyed.name)
         if self._codecs and asks:
             self._offers.offer_parameters(tensor)
-        charge, new_bytes = self._storages.charge(record) if self._dedupe else self._charge_apart(source)
-        reference = Reference(source, num_bytes=record.num_bytes, charge=charge)
+        charge = self._charge(
+            source, storage, storage_bytes=0 if self._storages.is_counted(record) else num_bytes
+        )
+        reference = Reference(source, num_bytes=num_bytes, charge=charge)
         entry = Entry(reference, line=line, digest=digest, follows=known is not None and known.follows)
-        record.put(entry, source._version)
-        sequence = _get_sequence_nr()
-        pending = Pending(sequence, weakref.ref(entry), layout, record, row, record.num_bytes, new_bytes)
+        self._storages.put(entry, storage, version=source._version)
+        pending = Pending(_get_sequence_nr(), weakref.ref(entry), layout, row, charge.claim, num_bytes)
         self._queue.pending.append(pending)
-        self._queue.num_bytes += record.num_bytes
+        self._queue.num_bytes += num_bytes
         self.num_pending += 1
         return Handle(entry, layout=layout)
 
@@ -125,7 +122,7 @@ class Settler:
         """Return the handle of a parameter, or of what has no plain storage: no stage touches it, but others
         may be tables by it.
         """
-        kept = Kept(tensor.detach())
+        kept = kept_of(tensor.detach())
         if self._codecs:
             self._offers.offer_kept(kept, kept_bytes=0)
         return kept
@@ -157,6 +154,7 @@ class Settler:
 
     def _settle_queue(self, *, now: int | None) -> None:
         queue = self._queue.pending
+        self._ledger.book()
         # A mode that was entered after the save (a fake tensor's, a counter's) has no part in it.
         with _disable_current_modes():
             while queue and queue[0].sequence != now:
@@ -171,22 +169,35 @@ class Settler:
         self._queue.pending.clear()
         self._queue.num_bytes = 0
 
-    def _keep(self, alias: Tensor, record: StorageRecord, row: Row) -> Kept:
-        charge, new_bytes = self._storages.charge(record) if self._dedupe else self._charge_apart(alias)
-        kept = Kept(alias, num_bytes=record.num_bytes, charge=charge)
-        row.count("reference", kept_bytes=new_bytes)
+    def _keep(self, alias: Tensor, storage: torch.UntypedStorage, *, num_bytes: int, row: Row) -> Kept:
+        if self._dedupe:
+            kept = kept_of(alias, num_bytes=num_bytes)
+            self._ledger.claim(kept, key=id(storage), num_bytes=num_bytes, storage_bytes=num_bytes, row=row)
+        else:
+            kept = kept_of(
+                alias,
+                num_bytes=num_bytes,
+                charge=self._charge(alias, storage, storage_bytes=num_bytes, row=row),
+            )
         if self._codecs:
-            self._offers.offer_kept(kept, kept_bytes=record.num_bytes)
+            self._offers.offer_kept(kept, kept_bytes=num_bytes)
         return kept
 
-    def _charge_apart(self, alias: Tensor) -> tuple[Charge, int]:
-        num_bytes = min(lift(alias)[0].span_bytes(), alias.nbytes)
-        return self._ledger.charge(num_bytes), num_bytes
+    def _charge(
+        self, alias: Tensor, storage: torch.UntypedStorage, *, storage_bytes: int, row: Row | None = None
+    ) -> Charge:
+        """Return the charge for a save by reference: its storage's, or without dedupe its own."""
+        ledger = self._ledger
+        if self._dedupe:
+            return ledger.charge(storage.nbytes(), key=id(storage), storage_bytes=storage_bytes, row=row)
+        charge = ledger.charge(min(lift(alias)[0].span_bytes(), alias.nbytes), row=row)
+        ledger.claim(charge, key=id(storage), num_bytes=0, storage_bytes=storage_bytes)  # to be counted
+        return charge
 
     def _settle(self, pending: Pending) -> None:
         entry = pending.entry()
         if entry is None:
-            pending.row.count("reference", kept_bytes=pending.new_bytes)
+            pending.row.count("reference", kept_bytes=pending.claim.added_bytes)
             return
         charged_bytes = self._ledger.charged_bytes
         stage = "reference"
@@ -196,9 +207,9 @@ class Settler:
             won = stage != "reference"
             entry.line.reading.learn(won=won)
             own_bytes = self._ledger.charged_bytes - charged_bytes
-            pending.row.count(stage, kept_bytes=own_bytes if won else pending.new_bytes)
+            pending.row.count(stage, kept_bytes=own_bytes if won else pending.claim.added_bytes)
         if self._codecs:
-            self._offers.offer_entry(entry, pending.layout, kept_bytes=pending.record.num_bytes)
+            self._offers.offer_entry(entry, pending.layout, kept_bytes=pending.num_bytes)
         self.sharer.add(entry, layout=pending.layout, row=pending.row, stage=stage)
 
     def _place(self, entry: Entry, layout: Layout) -> str:

@@ -10,10 +10,11 @@ from offload.codecs.raw import RawPayload
 from offload.digest import digest_of
 from offload.handle import Content, Encoded, Entry, Reference
 from offload.layout import Layout, block_of
+from offload.ledger import Ledger
 from offload.part import Part
 from offload.patience import Line
 from offload.sharding.base import MIN_BYTES, Sharding, Traffic
-from offload.stats import Ledger, Row
+from offload.stats import Row
 
 _NUM_TRIED = 4
 

@@ -1,8 +1,6 @@
 """What was saved, by whom, and what each stage won."""
 
 import math
-import threading
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -15,7 +13,8 @@ class Stats:
     """One reading of a store; all sizes in bytes.
 
     `saved_bytes` and `storage_bytes` count since the outermost enter, parameters and what has no plain
-    readable storage left out; `held_bytes` is current; `peak_held_bytes` is the most held since then.
+    readable storage left out: the one each save, the other each storage once while it is held. `held_bytes`
+    is current; `peak_held_bytes` is the most held since then.
     `num_by_stage` counts saves by what became of them: "parameter", "opaque" and "reference" (kept by
     reference), "storage" and "content" (shared with a living entry), "copy", a codec's name, or "shared" with
     other ranks.
@@ -33,60 +32,6 @@ class Stats:
     group_held_bytes: int = 0
     gathered_bytes: int = 0
     waited_seconds: float = 0.0
-
-
-class Charge:
-    """Bytes held for as long as this object lives; its end gives them back without a lock (Law 8)."""
-
-    __slots__ = ("__weakref__", "_given_back", "num_bytes")
-
-    def __init__(self, num_bytes: int, given_back: deque[int]) -> None:
-        self.num_bytes = num_bytes
-        self._given_back = given_back
-
-    def __del__(self) -> None:
-        self._given_back.append(self.num_bytes)
-
-
-class Ledger:
-    """Held bytes, now and at most. Charges may end on any thread at any time; they are booked at the next
-    reading.
-    """
-
-    def __init__(self) -> None:
-        self._given_back: deque[int] = deque()
-        self._lock = threading.RLock()  # the collector may run a reader inside a writer
-        self._held_bytes = 0
-        self._peak_bytes = 0
-        self.charged_bytes = 0
-        """All charges ever made: the difference of two readings is what was charged between them."""
-
-    def charge(self, num_bytes: int) -> Charge:
-        """Return a charge of `num_bytes`; whoever owns the memory owns the charge."""
-        with self._lock:
-            if self._given_back:
-                self._book()
-            self.charged_bytes += num_bytes
-            self._held_bytes += num_bytes
-            if self._held_bytes > self._peak_bytes:
-                self._peak_bytes = self._held_bytes
-        return Charge(num_bytes, self._given_back)
-
-    def read(self) -> tuple[int, int]:
-        """Return the held bytes now and their peak since the last reset."""
-        with self._lock:
-            self._book()
-            return self._held_bytes, self._peak_bytes
-
-    def reset_peak(self) -> None:
-        """Start a new peak at what is held now."""
-        with self._lock:
-            self._book()
-            self._peak_bytes = self._held_bytes
-
-    def _book(self) -> None:
-        while self._given_back:
-            self._held_bytes -= self._given_back.popleft()
 
 
 class Row:

@@ -20,6 +20,7 @@ from offload.codecs import DEFAULT_CODECS
 from offload.codecs.base import Codec
 from offload.distributed import Distributed
 from offload.handle import Handle, Kept
+from offload.ledger import Ledger
 from offload.patience import Line
 from offload.report import report_text
 from offload.select import Kind, kind_of, plain_storage
@@ -28,7 +29,7 @@ from offload.sharding import sharding_of
 from offload.sharding.base import Sharding
 from offload.sharding.local import Local
 from offload.site import Sites
-from offload.stats import Counts, Ledger, Row, Stats
+from offload.stats import Counts, Row, Stats
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -86,7 +87,7 @@ class SavedTensorStore:
         self._is_alone = isinstance(sharding, Local)
         self._sites = Sites()
         self._lines: dict[tuple[tuple[int, int], torch.dtype, bool], Line] = {}
-        self._seen: dict[tuple[tuple[int, int], torch.Size, torch.dtype, bool], tuple[Row, Line]] = {}
+        self._seen: dict[tuple[int, int, torch.Size, torch.dtype, bool], tuple[Row, Line]] = {}
         self._lock = threading.RLock()
         self._entered = _Entered()
         self._num_entered = 0
@@ -122,17 +123,18 @@ class SavedTensorStore:
                 self._settler.settle_all()
             else:
                 self._settler.drop_all()
+            self._ledger.book()
 
     @property
     def stats(self) -> Stats:
         """What was saved since the outermost enter, and what is held now, in bytes."""
         with self._lock:
             self._settler.settle_all()
-            held_bytes, peak_held_bytes = self._ledger.read()
+            held_bytes, peak_held_bytes = self._ledger.read()  # and books what the counts are short of
             traffic = self._settler.sharer.traffic
             return replace(
                 self._counts.stats(held_bytes, peak_held_bytes),
-                storage_bytes=self._settler.storage_bytes,
+                storage_bytes=self._ledger.storage_bytes,
                 group_held_bytes=self._settler.sharer.group_held_bytes(held_bytes),
                 gathered_bytes=traffic.gathered_bytes,
                 waited_seconds=traffic.waited_seconds,
@@ -144,6 +146,7 @@ class SavedTensorStore:
         """
         with self._lock:
             self._settler.settle_all()
+            self._ledger.book()
             return list(self._counts.rows.values())
 
     def report(self) -> str:
@@ -170,7 +173,7 @@ class SavedTensorStore:
             return Distributed(tensor, pack_local=self._pack)
         shape = torch.Size() if tensor.is_nested else tensor.shape  # a nested tensor has none
         row, _ = self._row_and_line(tensor, shape=shape, is_dense=False)
-        row.count(kind.value)
+        row.count("parameter" if kind is Kind.PARAMETER else "opaque")
         return self._settler.keep(tensor)
 
     def _row_and_line(self, tensor: Tensor, *, shape: torch.Size, is_dense: bool) -> tuple[Row, Line]:
@@ -178,8 +181,8 @@ class SavedTensorStore:
         instruction, apart for dense tensors and for views, since a matrix product saves an input and a
         transposed weight.
         """
-        site = self._sites.calling()
-        key = (site, shape, tensor.dtype, is_dense)
+        code, instruction = site = self._sites.calling()
+        key = (code, instruction, shape, tensor.dtype, is_dense)
         found = self._seen.get(key)
         if found is None:
             row = self._counts.row(self._sites.name(site), shape=shape, dtype=tensor.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 from offload.codecs.base import Block, Codec, Payload
 from offload.codecs.index_list import IndexLists
 from offload.layout import block_of, lift
-from offload.stats import Ledger
+from offload.ledger import Ledger
 from offload.store import SavedTensorStore
 
 _UNLIMITED_BYTES = 1 << 62

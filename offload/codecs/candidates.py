@@ -9,7 +9,7 @@ from torch import Tensor
 
 from offload.codecs.key import Keeper, Key, Reading, digest_of
 from offload.errors import StoreError
-from offload.stats import Ledger
+from offload.ledger import Ledger
 
 _NUM_TRIED = 4
 """Of one length; later ones take the place of earlier ones."""

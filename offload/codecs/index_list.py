@@ -8,8 +8,8 @@ from torch import Tensor
 
 from offload.codecs.candidates import Candidates
 from offload.codecs.packing import bits_for, pack, packed_bytes, unpack, unpack_at
+from offload.ledger import Ledger
 from offload.part import Part
-from offload.stats import Ledger
 
 _NUM_KEYS_TRIED = 4
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from offload.digest import digest_of_bytes
 from offload.errors import StaleTensorError
-from offload.stats import Ledger
+from offload.ledger import Ledger
 
 _NUM_PATTERNS = 1 << 16
 _CHUNK_ITEMS = 1 << 17

@@ -11,6 +11,7 @@ from collections import deque
 import torch.distributed as dist
 from torch import Tensor
 
+from offload.ledger import Ledger
 from offload.part import Lease
 from offload.sharding.agreement import Agreement
 from offload.sharding.base import Sharding, Traffic
@@ -19,7 +20,6 @@ from offload.sharding.group import group_key, group_of
 from offload.sharding.job_store import JobStore
 from offload.sharding.stretch import Stretch
 from offload.sharding.waiting import Waiting
-from offload.stats import Ledger
 
 _NUM_LOGGED_STEPS = 16
 """A rank so many steps behind rank 0 shares nothing with it."""

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from offload.ledger import Ledger
 from offload.part import Lease
-from offload.stats import Ledger
 
 MIN_BYTES = 4096
 """Fewer bytes stay with their rank, unannounced, as do those on other devices than the CPU."""

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch.distributed as dist
 from torch import Tensor
 
+from offload.ledger import Ledger
 from offload.part import Lease
 from offload.sharding.base import Sharding, Traffic
 from offload.sharding.group import group_key, group_of, host_name, job_store
-from offload.stats import Ledger
 
 
 class ByHost(Sharding):

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from offload.digest import digest_of_bytes
 from offload.errors import RankMismatchError
+from offload.ledger import Charge, Ledger
 from offload.part import Lease
 from offload.sharding.channel import Arriving, Channel
-from offload.stats import Charge, Ledger
 
 _HEADER = struct.Struct("=6q16s16s")
 

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
+from offload.ledger import Ledger
 from offload.part import Lease
 from offload.sharding.base import Sharding
-from offload.stats import Ledger
 
 
 class Local(Sharding):

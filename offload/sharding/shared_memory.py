@@ -17,6 +17,7 @@ from torch import Tensor
 
 from offload.digest import digest_of_bytes
 from offload.errors import RankMismatchError, StoreError
+from offload.ledger import Ledger
 from offload.part import Lease
 from offload.sharding.announced import Announced
 from offload.sharding.arena import Arena, Published
@@ -24,7 +25,6 @@ from offload.sharding.base import Sharding
 from offload.sharding.folder import Folder, remove_abandoned
 from offload.sharding.group import group_of, host_name, job_store
 from offload.sharding.mapping import Mapping, tensor_on
-from offload.stats import Ledger
 
 _DIRECTORY = "/dev/shm"
 

@@ -6,12 +6,12 @@ import weakref
 
 from torch import Tensor
 
+from offload.ledger import Ledger
 from offload.sharding.agreement import Agreement
 from offload.sharding.channel import Channel
 from offload.sharding.courier import serve
 from offload.sharding.gathers import Gathers, ShardLease, range_bytes
 from offload.sharding.waiting import Waiting
-from offload.stats import Ledger
 
 
 class Stretch:

@@ -14,12 +14,12 @@ from offload.codecs.base import Payload
 from offload.codecs.index_list import IndexList
 from offload.codecs.key import Key
 from offload.handle import Content, Entry, Handle
-from offload.stats import Charge
+from offload.ledger import Charge, Claim
 from tests.laws.graphs import GRAPHS
 from tests.laws.settings import no_gc
 
 ENDS = ("backward", "dropped", "backward inside", "second backward", "exception")
-KINDS = (Handle, Entry, Content, Payload, IndexList, Key, Charge)
+KINDS = (Handle, Entry, Content, Payload, IndexList, Key, Charge, Claim)
 
 
 def num_alive() -> Counter[str]:

@@ -138,6 +138,6 @@ def test_an_estimate_is_near_what_encoding_takes() -> None:
 
 
 def lists_of() -> IndexLists:
-    from offload.stats import Ledger
+    from offload.ledger import Ledger
 
     return IndexLists(Ledger())

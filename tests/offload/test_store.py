@@ -15,7 +15,7 @@ import torch
 from offload import SavedTensorStore, StaleTensorError, Stats, StoreError
 from offload.codecs.raw import Raw
 from offload.report import human_bytes, report_text
-from offload.stats import Counts, Ledger
+from offload.stats import Counts
 
 SIZE = 64 * 48
 BYTES = SIZE * 4
@@ -121,19 +121,6 @@ def test_stats_are_a_reading() -> None:
         reading.num_saved = 3
     with pytest.raises(TypeError):
         reading.num_by_stage["bits"] = 1
-
-
-def test_a_ledger_books_charges_that_end_in_any_order() -> None:
-    ledger = Ledger()
-    charges = [ledger.charge(size) for size in (5, 7, 11)]
-    assert ledger.read() == (23, 23)
-    del charges[1]
-    assert ledger.read() == (16, 23)
-    ledger.reset_peak()
-    charges.append(ledger.charge(1))
-    assert ledger.read() == (17, 17)
-    charges.clear()
-    assert ledger.read() == (0, 17)
 
 
 def test_the_report_says_who_saved_what_and_what_became_of_it() -> None:

@@ -19,9 +19,9 @@ from offload.codecs.keyed import Keyed
 from offload.codecs.raw import Raw, RawPayload
 from offload.codecs.rows import Rows
 from offload.codecs.tensor_keyed import TensorKeyed
-from offload.handle import Kept
+from offload.handle import kept_of
 from offload.layout import block_of, lift
-from offload.stats import Ledger
+from offload.ledger import Ledger
 from offload.testing import CodecLaws, Forced, awkward_tensors
 
 
@@ -64,7 +64,7 @@ class TestTensorKeyed(CodecLaws):
         for width in (block.row_bytes, block.item_bytes):
             key = key_of(block.lanes(width))
             if key is not None:
-                lists.tensors.add(key, find=partial(Kept, key), kept_bytes=0)
+                lists.tensors.add(key, find=partial(kept_of, key), kept_bytes=0)
         return block, self.codec().encode(block, limit_bytes=limit_bytes, lists=lists), ledger
 
     def test_it_encodes_what_has_a_key(self) -> None:

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from offload import RankMismatchError
+from offload.ledger import Ledger
 from offload.sharding import channel as channels
 from offload.sharding.channel import Arriving, Channel
 from offload.sharding.gathers import Gathers, ShardLease
-from offload.stats import Ledger
 
 
 class NeverThere:

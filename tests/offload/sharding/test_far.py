@@ -8,11 +8,12 @@ from offload.codecs.raw import RawPayload
 from offload.digest import digest_of
 from offload.handle import Encoded, Entry
 from offload.layout import lift
+from offload.ledger import Ledger
 from offload.part import Lease
 from offload.patience import Line
 from offload.sharding.local import Local
 from offload.share import Sharer
-from offload.stats import Ledger, Row
+from offload.stats import Row
 
 
 class FarLease(Lease):
