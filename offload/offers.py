@@ -11,7 +11,7 @@ from offload.codecs.candidates import Candidates
 from offload.errors import StoreError
 from offload.handle import Entry, Handle, Kept, kept_of
 from offload.layout import Layout
-from offload.select import has_plain_storage
+from offload.select import plain_storage
 
 _NUM_NODES = 16
 """Nodes of the graph to look at: a cast, a few views and an operation or two on each side."""
@@ -57,7 +57,7 @@ class Offers:
                 tensor = keeper.open()
             except StoreError:
                 continue
-            if has_plain_storage(tensor):
+            if plain_storage(tensor) is not None:
                 self._candidates.add(tensor, find=find, kept_bytes=kept_bytes)
 
 

@@ -23,6 +23,15 @@ class Kind(Enum):
     PLAIN = "plain"
 
 
+def is_parameter(tensor: Tensor) -> bool:
+    """Return whether `tensor` is a parameter or a view of one."""
+    base = tensor._base
+    root = tensor if base is None else base
+    kind = type(root)
+    # isinstance(_, Parameter) runs Python: asked only where it cannot be told at once.
+    return kind is nn.Parameter or (kind is not Tensor and isinstance(root, nn.Parameter))
+
+
 def kind_of(tensor: Tensor) -> Kind:
     """Return how `tensor` is treated: a parameter or a view of one, plain, a DTensor around a plain local
     tensor, or one without plain readable storage.
@@ -30,30 +39,24 @@ def kind_of(tensor: Tensor) -> Kind:
     FSDP frees and refills the storage of its parameters between pack and unpack, so they must never be
     copied.
     """
-    root = tensor if tensor._base is None else tensor._base
-    # isinstance(_, Parameter) runs Python: asked only where it cannot be told at once.
-    if type(root) is nn.Parameter or (type(root) is not Tensor and isinstance(root, nn.Parameter)):
+    if is_parameter(tensor):
         return Kind.PARAMETER
-    if has_plain_storage(tensor):
+    if plain_storage(tensor) is not None:
         return Kind.PLAIN
     return Kind.DISTRIBUTED if is_distributed(tensor) else Kind.OPAQUE
 
 
 def plain_storage(tensor: Tensor) -> torch.UntypedStorage | None:
-    """Return the storage of a tensor that is `Kind.PLAIN`, None for any other: what most saves are, told with
-    few questions, since the caches are cold when a save asks them.
+    """Return the storage of a tensor whose bytes can be read as they lie, None for any other: asked with few
+    questions, since the caches are cold when a save asks them.
     """
-    if type(tensor) is not Tensor:
+    if type(tensor) is not Tensor or tensor.is_quantized or tensor.is_nested:
         return None
-    base = tensor._base
-    # isinstance(_, Parameter) runs Python, and no plain tensor is one.
-    if (
-        base is not None
-        and type(base) is not Tensor
-        and (type(base) is nn.Parameter or isinstance(base, nn.Parameter))
-    ):
+    try:
+        storage = tensor.untyped_storage()
+        return storage if storage.data_ptr() or not (storage.nbytes() or tensor.is_meta) else None
+    except RuntimeError:  # sparse ones, zeros of forward-mode AD, functorch's wrappers: they show no storage
         return None
-    return _readable_storage(tensor)
 
 
 def is_window(layout: Layout, *, storage_bytes: int) -> bool:
@@ -63,18 +66,3 @@ def is_window(layout: Layout, *, storage_bytes: int) -> bool:
     if storage_bytes <= _LARGE_BYTES:
         return False
     return layout.span_bytes() * _WINDOW_FRACTION < storage_bytes
-
-
-def has_plain_storage(tensor: Tensor) -> bool:
-    """Return whether the bytes of `tensor` can be read as they lie."""
-    return type(tensor) is Tensor and _readable_storage(tensor) is not None
-
-
-def _readable_storage(tensor: Tensor) -> torch.UntypedStorage | None:
-    if tensor.is_quantized or tensor.is_nested:
-        return None
-    try:
-        storage = tensor.untyped_storage()
-        return storage if storage.data_ptr() or not (storage.nbytes() or tensor.is_meta) else None
-    except RuntimeError:  # sparse ones, zeros of forward-mode AD, functorch's wrappers: they show no storage
-        return None

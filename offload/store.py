@@ -23,7 +23,7 @@ from offload.handle import Handle, Kept
 from offload.ledger import Ledger
 from offload.patience import Line
 from offload.report import report_text
-from offload.select import Kind, kind_of, plain_storage
+from offload.select import Kind, is_parameter, kind_of, plain_storage
 from offload.settle import Settler
 from offload.sharding import sharding_of
 from offload.sharding.base import Sharding
@@ -33,6 +33,10 @@ from offload.stats import Counts, Row, Stats
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+
+_Key = tuple[tuple[int, int], torch.Size, torch.dtype, bool]
+"""Saves that are counted together: calling instruction, shape, dtype, and whether they are dense."""
 
 
 class SavedTensorStore:
@@ -87,7 +91,7 @@ class SavedTensorStore:
         self._is_alone = isinstance(sharding, Local)
         self._sites = Sites()
         self._lines: dict[tuple[tuple[int, int], torch.dtype, bool], Line] = {}
-        self._seen: dict[tuple[int, int, torch.Size, torch.dtype, bool], tuple[Row, Line]] = {}
+        self._seen: dict[_Key, tuple[Row, Line]] = {}
         self._lock = threading.RLock()
         self._entered = _Entered()
         self._num_entered = 0
@@ -155,40 +159,44 @@ class SavedTensorStore:
 
     def _pack(self, tensor: Tensor) -> Handle | Kept | Distributed:
         with self._lock:
+            settler = self._settler
             if not self._is_alone:
-                self._settler.sharer.begin_pack()
-            if self._settler.num_pending:
-                self._settler.settle_returned()
+                settler.sharer.begin_pack()
+            if settler.num_pending:
+                settler.settle_returned()
+            if is_parameter(tensor):
+                return self._keep(tensor, "parameter")
             storage = plain_storage(tensor)
             if storage is None:
                 return self._pack_apart(tensor)
-            row, line = self._row_and_line(tensor, shape=tensor.shape, is_dense=tensor.is_contiguous())
+            # Dense tensors and views of one line are apart: a matrix product saves an input and a transposed
+            # weight.
+            key = self._sites.calling(), tensor.shape, tensor.dtype, tensor.is_contiguous()
+            row, line = self._seen.get(key) or self._see(key)
+            row.num_saved += 1
             row.saved_bytes += row.each_bytes
-            return self._settler.admit(tensor, storage, row=row, line=line)
+            return settler.admit(tensor, storage, row, line)
 
     def _pack_apart(self, tensor: Tensor) -> Kept | Distributed:
-        """Pack a parameter, a DTensor, or what has no plain storage."""
-        kind = kind_of(tensor)
-        if kind is Kind.DISTRIBUTED:
+        """Pack a DTensor, or what has no plain storage."""
+        if kind_of(tensor) is Kind.DISTRIBUTED:
             return Distributed(tensor, pack_local=self._pack)
+        return self._keep(tensor, "opaque")
+
+    def _keep(self, tensor: Tensor, stage: str) -> Kept:
+        """Pack what no stage touches."""
         shape = torch.Size() if tensor.is_nested else tensor.shape  # a nested tensor has none
-        row, _ = self._row_and_line(tensor, shape=shape, is_dense=False)
-        row.count("parameter" if kind is Kind.PARAMETER else "opaque")
+        key = self._sites.calling(), shape, tensor.dtype, False
+        row, _ = self._seen.get(key) or self._see(key)
+        row.num_saved += 1
+        row.count(stage)
         return self._settler.keep(tensor)
 
-    def _row_and_line(self, tensor: Tensor, *, shape: torch.Size, is_dense: bool) -> tuple[Row, Line]:
-        """Return where a save is counted, counted in, and what is known of its line of code: of the calling
-        instruction, apart for dense tensors and for views, since a matrix product saves an input and a
-        transposed weight.
-        """
-        code, instruction = site = self._sites.calling()
-        key = (code, instruction, shape, tensor.dtype, is_dense)
-        found = self._seen.get(key)
-        if found is None:
-            row = self._counts.row(self._sites.name(site), shape=shape, dtype=tensor.dtype)
-            line = self._lines.setdefault((site, tensor.dtype, is_dense), Line())
-            found = self._seen[key] = row, line
-        found[0].num_saved += 1
+    def _see(self, key: _Key) -> tuple[Row, Line]:
+        """Return where such saves are counted, and what is known of their line of code."""
+        site, shape, dtype, is_dense = key
+        row = self._counts.row(self._sites.name(site), shape=shape, dtype=dtype)
+        found = self._seen[key] = row, self._lines.setdefault((site, dtype, is_dense), Line())
         return found
 
     def _unpack(self, handle: Handle | Kept | Distributed) -> Tensor:
