@@ -12,6 +12,7 @@ import torch
 
 from edkm.dkm import as_groups, check, dkm
 from edkm.fused_step import Arguments, Incoming, backward, forward, through
+from edkm.fused_table import Table
 from edkm.fused_walk import Rules, Walk
 
 
@@ -27,6 +28,7 @@ def fused_dkm(
     """Cluster a weight softly, as `dkm` does, in a fraction of its time and memory (eDKM, section on DKM).
 
     Saved for backward are the weight and the centroids of each iteration: nothing that grows with the weight.
+    (Of a weight 256 times as large, or larger, the counts of its values, too, 512 KiB a group at most.)
     float16 and bfloat16 with d = 1 take the table road: a 16-bit weight has at most 65,536 values, and the
     iterations run in float64 on those that occur. All else, and groups so small that tables would save no
     work, goes piece by piece in the width that `dkm` computes in, and backward makes each piece's map anew.
@@ -74,11 +76,12 @@ def fused_through(
     epsilon: float = 0.0,
     fixed_zero: bool = False,
     table_dtype: torch.dtype | None,
+    table: Table | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`fused_dkm` of a wider weight as if it were cast to `table_dtype`, float16 or bfloat16.
 
     Only where that puts it on the table road; the gradient goes straight through the cast, and nothing else
-    is rounded.
+    is rounded. `table` is what `table_of` says of the weight, if it was asked already.
     """
     groups = as_groups(centroids)
     check(weight, groups, temperature=temperature, iterations=iterations, epsilon=epsilon)
@@ -89,7 +92,7 @@ def fused_through(
     wide = torch.promote_types(torch.promote_types(weight.dtype, centroids.dtype), torch.float32)
     rules = Rules(iterations=iterations, epsilon=epsilon, fixed_zero=fixed_zero, wide=wide)
     clustered, moved = _Fused.apply(  # type: ignore[no-untyped-call]
-        weight, centroids, temperature, rules, table_dtype
+        weight, centroids, temperature, rules, table_dtype, table
     )
     return clustered, moved
 
@@ -105,12 +108,14 @@ class _Fused(torch.autograd.Function):
         temperature: float | torch.Tensor,
         rules: Rules,
         table_dtype: torch.dtype | None,
+        table: Table | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        clustered, walked = forward(Arguments(weight, centroids, temperature, table_dtype), rules=rules)
+        arguments = Arguments(weight, centroids, temperature, table_dtype, table)
+        clustered, walked, table = forward(arguments, rules=rules)
         is_tensor = isinstance(temperature, torch.Tensor)
-        ctx.save_for_backward(
-            weight, centroids, temperature if is_tensor else None, walked.path, walked.masses
-        )
+        kept = temperature if is_tensor else None
+        packed = None if table is None else table.packed(weight)
+        ctx.save_for_backward(weight, centroids, kept, packed, walked.path, walked.masses)
         ctx.temperature, ctx.rules = None if is_tensor else temperature, rules
         ctx.table_dtype = table_dtype
         ctx.set_materialize_grads(False)
@@ -123,12 +128,14 @@ class _Fused(torch.autograd.Function):
         ctx: Any, to_clustered: torch.Tensor | None, to_moved: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         if to_clustered is None and to_moved is None:
-            return None, None, None, None, None
-        weight, centroids, temperature, *walked = ctx.saved_tensors
+            return None, None, None, None, None, None
+        weight, centroids, temperature, packed, *walked = ctx.saved_tensors
         temperature = ctx.temperature if temperature is None else temperature
-        arguments = Arguments(weight, centroids, temperature, ctx.table_dtype)
+        dtype = weight.dtype if weight.element_size() == 2 else ctx.table_dtype
+        table = None if packed is None else Table.unpacked(packed, dtype)
+        arguments = Arguments(weight, centroids, temperature, ctx.table_dtype, table)
         gradients = _by_dkm if torch.is_grad_enabled() else _by_hand
-        return *gradients(ctx, arguments, Walk(*walked), Incoming(to_clustered, to_moved)), None, None
+        return *gradients(ctx, arguments, Walk(*walked), Incoming(to_clustered, to_moved)), None, None, None
 
 
 def _by_hand(

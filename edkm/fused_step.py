@@ -27,12 +27,14 @@ class Arguments:
     Arguments:
         table_dtype: float16 or bfloat16, through which a wider weight is cast where that makes a table; or
             None.
+        table: of the weight, where `table_of` was asked already.
     """
 
     weight: torch.Tensor
     centroids: torch.Tensor
     temperature: float | torch.Tensor
     table_dtype: torch.dtype | None = None
+    table: Table | None = None
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,11 @@ class Incoming:
     moved: torch.Tensor | None
 
 
-def forward(arguments: Arguments, *, rules: Rules) -> tuple[torch.Tensor, Walk]:
+def forward(arguments: Arguments, *, rules: Rules) -> tuple[torch.Tensor, Walk, Table | None]:
     """Cluster.
 
     Returns:
-        The clustered weight, and the way of the centroids.
+        The clustered weight, the way of the centroids, and the table on whose road they went.
 
     Raises:
         ValueError: it would take too long.
@@ -62,7 +64,7 @@ def forward(arguments: Arguments, *, rules: Rules) -> tuple[torch.Tensor, Walk]:
     shape = weight.shape if table is None else rows.values.shape
     clustered = torch.empty(shape, dtype=weight.dtype, device=weight.device)
     assign(rows, walked.path[-2], after=walked.path[-1], into=clustered.view(rows.values.shape))
-    return clustered if table is None else table.look_up(weight, clustered.squeeze(2)), walked
+    return clustered if table is None else table.look_up(weight, clustered.squeeze(2)), walked, table
 
 
 def backward(
@@ -129,13 +131,21 @@ def through(arguments: Arguments, weight: torch.Tensor) -> torch.Tensor:
     return rounded + (weight - weight.detach())
 
 
-def _table(arguments: Arguments) -> Table | None:
-    """The table of a weight that has one, where that saves work; the same whenever it is asked for."""
-    weight, groups = arguments.weight, as_groups(arguments.centroids)
-    dtype = weight.dtype if weight.element_size() == 2 else arguments.table_dtype
+def table_of(weight: torch.Tensor, groups: torch.Tensor, *, table_dtype: torch.dtype | None) -> Table | None:
+    """The table of a weight whose centroids are `groups`, `[G, K, d]`, where that saves work; the same
+    whenever it is asked for.
+    """
+    dtype = weight.dtype if weight.element_size() == 2 else table_dtype
     if dtype is None or groups.shape[2] > 1 or weight.device.type not in _TABLE_DEVICES:
         return None
     return Table.of(weight, groups.shape[0], dtype=dtype)
+
+
+def _table(arguments: Arguments) -> Table | None:
+    if arguments.table is not None:
+        return arguments.table
+    groups = as_groups(arguments.centroids)
+    return table_of(arguments.weight, groups, table_dtype=arguments.table_dtype)
 
 
 def _rows(arguments: Arguments, table: Table | None, *, wide: torch.dtype) -> Rows:

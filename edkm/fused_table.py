@@ -12,8 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from edkm.chunks import chunks
-from edkm.patterns import NUM_PATTERNS, pattern_counts, pattern_keys, pattern_values
+from edkm.fused_lookup import look_up, look_up_line
+from edkm.patterns import NUM_PATTERNS, pattern_counts, pattern_sums, pattern_values
+
+# A table that small beside its weight is kept for backward, which counts the weight again otherwise.
+_KEPT_SHARE = 256
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,39 @@ class Table:
         values = pattern_values(patterns, dtype)
         return Table(patterns, values.double(), counts.double(), dtype)
 
+    def packed(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """Patterns and counts as int32 `[1 + G, U]`, if they are worth keeping beside the weight."""
+        num_bytes = 4 * (1 + self.counts.shape[0]) * self.patterns.numel()
+        if num_bytes * _KEPT_SHARE > weight.nbytes or weight.numel() > torch.iinfo(torch.int32).max:
+            return None
+        return torch.cat([self.patterns.unsqueeze(0), self.counts]).to(torch.int32)
+
+    @staticmethod
+    def unpacked(packed: torch.Tensor, dtype: torch.dtype) -> Table:
+        """Return the table of which `packed` is what it says, of a weight that is read in `dtype`."""
+        patterns = packed[0].long()
+        return Table(patterns, pattern_values(patterns, dtype).double(), packed[1:].double(), dtype)
+
+    def variance(self) -> torch.Tensor:
+        """Variance of the weight as it is read: 0-d, float64."""
+        counts = self.counts.sum(dim=0)
+        mean = (counts * self.values).sum() / counts.sum()
+        return (counts * (self.values - mean).square()).sum() / counts.sum()
+
     def sums(self, weight: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
         """Sum the `terms` of each pattern's weights, `[G, U]`, float64; `terms` has the weight's shape."""
-        return torch.stack([self._sum(*groups) for groups in self._groups(weight, terms)])
+        sums = [
+            pattern_sums(group, self.dtype, terms=beside)[self.patterns]
+            for group, beside in self._groups(weight, terms)
+        ]
+        return torch.stack(sums)
 
     def look_up(self, weight: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
         """Give each weight its entry of `[G, U]`, in the weight's shape and dtype."""
         result = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        spread = self._spread(entries.to(weight.dtype))
-        for table, (group, target) in zip(spread, self._groups(weight, result), strict=True):
-            for keys, part in zip(pattern_keys(group, self.dtype), chunks(target), strict=True):
-                torch.index_select(table, 0, keys, out=part)
+        tables = self._spread(entries.to(weight.dtype))
+        for table, (group, target) in zip(tables, self._groups(weight, result), strict=True):
+            look_up(group, table, dtype=self.dtype, into=target)
         return result
 
     def look_up_line(
@@ -71,26 +96,16 @@ class Table:
         """Give each weight `slope * at + height` of its entries of `[G, U]`; `at` has the weight's shape."""
         result = torch.empty_like(weight, memory_format=torch.contiguous_format)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        # As one complex number a pattern, the pair takes one look-up.
-        lines = self._spread(torch.complex(height.to(wide), slope.to(wide)))
+        lines = zip(self._spread(slope.to(wide)), self._spread(height.to(wide)), strict=True)
         places = zip(self._groups(weight, at), self._groups(weight, result), strict=True)
-        for table, ((group, given), (_, target)) in zip(lines, places, strict=True):
-            keyed = zip(pattern_keys(group, self.dtype), chunks(given), chunks(target), strict=True)
-            for keys, x, part in keyed:
-                found = torch.view_as_real(table.index_select(0, keys))
-                part.copy_(torch.addcmul(found[:, 0], found[:, 1], x.to(wide)))
+        for (slopes, heights), ((group, given), (_, target)) in zip(lines, places, strict=True):
+            look_up_line(group, given, slope=slopes, height=heights, dtype=self.dtype, into=target)
         return result
 
     def _groups(self, weight: torch.Tensor, beside: torch.Tensor) -> Iterator[list[torch.Tensor]]:
         num_groups = self.counts.shape[0]
         pairs = zip(weight.reshape(num_groups, -1), beside.reshape(num_groups, -1), strict=True)
         return map(list, pairs)
-
-    def _sum(self, group: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros(NUM_PATTERNS, dtype=torch.float64, device=group.device)
-        for keys, part in zip(pattern_keys(group, self.dtype), chunks(terms), strict=True):
-            total += torch.bincount(keys, weights=part.double(), minlength=NUM_PATTERNS)
-        return total[self.patterns]
 
     def _spread(self, entries: torch.Tensor) -> Iterator[torch.Tensor]:
         """Where any pattern finds its entry: `[65536]` for each group."""

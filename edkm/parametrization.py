@@ -13,8 +13,10 @@ from torch import nn
 
 from edkm.chunks import variance
 from edkm.config import DKMConfig
+from edkm.dkm import as_groups
 from edkm.errors import PaletteError
 from edkm.fused import fused_through
+from edkm.fused_step import table_of
 from edkm.init import starting_centroids
 from edkm.palette import Palette
 from edkm.shards import is_sharded, require_finite, whole
@@ -127,15 +129,22 @@ class ClusteredWeight(nn.Module):
         return super().train(mode)
 
     def _cluster(self, weight: torch.Tensor) -> torch.Tensor:
-        wide = self.centroids.dtype
-        spread = variance(weight.detach(), wide).clamp(min=torch.finfo(wide).tiny)
+        wide, table_dtype = self.centroids.dtype, _TABLE_DTYPES[self.config.table_dtype]
+        table = table_of(weight.detach(), as_groups(self.centroids), table_dtype=table_dtype)
+        # Counted once for both; but what is read through a cast is not all of a wider weight.
+        if table is not None and table.dtype == weight.dtype:
+            spread = table.variance().to(wide)
+        else:
+            spread = variance(weight.detach(), wide)
+        spread = spread.clamp(min=torch.finfo(wide).tiny)
         clustered, centroids = fused_through(
             weight,
             self.centroids,
             temperature=spread * self.config.temperature_at(int(self.num_steps_done)),
             iterations=self.config.iterations,
             epsilon=self.config.epsilon * float(spread.sqrt()) if self.config.epsilon else 0.0,
-            table_dtype=_TABLE_DTYPES[self.config.table_dtype],
+            table_dtype=table_dtype,
+            table=table,
         )
         if self.training and self._pending is None:
             self._pending = centroids.detach()

@@ -9,23 +9,22 @@ import torch
 from edkm.chunks import chunks
 
 NUM_PATTERNS = 1 << 16
-_HALF = NUM_PATTERNS // 2
 
 
 def pattern_keys(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """The bits of each weight in `dtype`, float16 or bfloat16, as an index from 0: int32, chunk by chunk of
-    `[N]`. Each chunk of keys is overwritten by the next.
+    """The bits of each weight in `dtype`, float16 or bfloat16, as a number without sign: int32, chunk by
+    chunk of `[N]`. Each chunk of keys is overwritten by the next.
     """
     parts = chunks(weight)
     # One buffer: the heap would hand the pages of each chunk back, and fault them in again.
     buffer = torch.empty(parts[0].shape, dtype=torch.int32, device=weight.device)
     for part in parts:
-        yield buffer[: part.numel()].copy_(part.to(dtype).view(torch.int16)).add_(_HALF)
+        yield buffer[: part.numel()].copy_(part.to(dtype).view(torch.uint16))
 
 
 def pattern_values(found: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What some keys stand for, the inverse of `pattern_keys`."""
-    return (found - _HALF).to(torch.int16).view(dtype)
+    return found.to(torch.int16).view(dtype)
 
 
 def pattern_counts(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -33,4 +32,14 @@ def pattern_counts(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     total = torch.zeros(NUM_PATTERNS, dtype=torch.int64, device=weight.device)
     for keys in pattern_keys(weight, dtype):
         total += torch.bincount(keys, minlength=NUM_PATTERNS)
+    return total
+
+
+def pattern_sums(weight: torch.Tensor, dtype: torch.dtype, *, terms: torch.Tensor) -> torch.Tensor:
+    """The sum of the `terms`, `[N]`, of the weights, `[N]`, that have each key: `[65536]` float64."""
+    total = torch.zeros(NUM_PATTERNS, dtype=torch.float64, device=weight.device)
+    parts = chunks(terms)
+    wide = torch.empty(parts[0].shape, dtype=torch.float64, device=weight.device)
+    for keys, part in zip(pattern_keys(weight, dtype), parts, strict=True):
+        total += torch.bincount(keys, weights=wide[: part.numel()].copy_(part), minlength=NUM_PATTERNS)
     return total

@@ -82,7 +82,7 @@ class Settler:
         self.sharer.begin_step()
         self._ledger.begin_step()
 
-    def admit(self, tensor: Tensor, storage: torch.UntypedStorage, row: Row, line: Line) -> Handle | Kept:
+    def admit(self, tensor: Tensor, storage: torch.UntypedStorage, *, row: Row, line: Line) -> Handle | Kept:
         """Return the handle of a save of a plain tensor on `storage`."""
         alias = tensor.detach()
         num_bytes = storage.nbytes()

@@ -175,7 +175,7 @@ class SavedTensorStore:
             row, line = self._seen.get(key) or self._see(key)
             row.num_saved += 1
             row.saved_bytes += row.each_bytes
-            return settler.admit(tensor, storage, row, line)
+            return settler.admit(tensor, storage, row=row, line=line)
 
     def _pack_apart(self, tensor: Tensor) -> Kept | Distributed:
         """Pack a DTensor, or what has no plain storage."""

@@ -24,7 +24,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 def test_counts_and_sums(dtype: torch.dtype, shape: tuple[int, ...], num_groups: int) -> None:
     weight, terms = weights(shape, dtype), torch.randn(shape).to(dtype)
     table = Table.of(weight, num_groups, dtype=dtype)
-    patterns = (table.patterns - 32768).to(torch.int16)
+    patterns = table.patterns.to(torch.int16)
     torch.testing.assert_close(table.values, patterns.view(dtype).double(), rtol=0, atol=0, equal_nan=True)
     assert torch.equal(patterns.sort().values, bits(weight).unique())
     sums = table.sums(weight, terms)
@@ -46,7 +46,7 @@ def test_look_ups(dtype: torch.dtype, shape: tuple[int, ...], num_groups: int) -
     line = table.look_up_line(weight, at, slope=slope, height=height)
     assert found.dtype == line.dtype == dtype
     assert found.shape == line.shape == weight.shape
-    place = {pattern - 32768: entry for entry, pattern in enumerate(table.patterns.tolist())}
+    place = {pattern: entry for entry, pattern in enumerate(table.patterns.to(torch.int16).tolist())}
     entries = torch.tensor([place[pattern] for pattern in bits(weight).tolist()], dtype=torch.int64)
     groups = torch.arange(num_groups).repeat_interleave(weight.numel() // num_groups)
     assert torch.equal(found.reshape(-1), slope.to(dtype)[groups, entries])
@@ -59,3 +59,28 @@ def test_groups_too_small_for_their_patterns_have_no_table() -> None:
     assert Table.of(weight, 2, dtype=torch.bfloat16) is None
     assert Table.of(weight, 1, dtype=torch.bfloat16) is not None
     assert Table.of(weight // 32, 8, dtype=torch.bfloat16) is not None
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_the_variance_is_that_of_the_weight(dtype: torch.dtype) -> None:
+    weight = (torch.randn(40, 300) * 0.02 + 0.01).to(dtype)
+    for num_groups in (1, 4):
+        table = Table.of(weight, 1, dtype=dtype)
+        if num_groups == 4:
+            table = Table.of(weight.round(decimals=2), 4, dtype=dtype)
+        exact = (weight if num_groups == 1 else weight.round(decimals=2)).double().var(correction=0)
+        torch.testing.assert_close(table.variance(), exact, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_it_comes_back_from_its_packed_form_and_only_a_small_one_has_one(dtype: torch.dtype) -> None:
+    weight = weights((3, 90_001), dtype)
+    table = Table.of(weight, 3, dtype=dtype)
+    packed = table.packed(weight)
+    assert packed.nbytes <= 4 * 4 * 8
+    back = Table.unpacked(packed, dtype)
+    assert torch.equal(back.patterns, table.patterns)
+    assert torch.equal(back.counts, table.counts)
+    torch.testing.assert_close(back.values, table.values, rtol=0, atol=0, equal_nan=True)
+    many = torch.randn(400, 400).to(dtype)
+    assert Table.of(many, 1, dtype=dtype).packed(many) is None

@@ -1,0 +1,80 @@
+"""Look-ups over a 16-bit weight: compiled and in pieces, to the same bits."""
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from edkm import fused_dkm, fused_lookup
+from edkm.fused_lookup import look_up, look_up_line
+
+NARROW = [torch.float16, torch.bfloat16]
+NUM_WEIGHTS = (1 << 22) + 3
+"""Enough to be worth compiling for, and no multiple of anything."""
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    fused_lookup._compile.cache_clear()
+    yield
+    fused_lookup._compile.cache_clear()
+
+
+def both_ways(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[list[torch.Tensor]]:
+    """Look up compiled, then in pieces: entries and lines."""
+    bits = torch.randint(-(1 << 15), 1 << 15, (NUM_WEIGHTS,), dtype=torch.int16)
+    weight, at = bits.view(dtype), torch.randn(NUM_WEIGHTS).to(dtype)  # NaN, infinities, both zeros
+    at[::1001] = torch.tensor(float("nan"))
+    table, slope, height = torch.randn(1 << 16).to(dtype), *torch.randn(2, 1 << 16)
+    ways = []
+    for _ in range(2):
+        found, line = torch.empty(2, NUM_WEIGHTS, dtype=dtype)
+        look_up(weight, table, dtype=dtype, into=found)
+        look_up_line(weight, at, slope=slope, height=height, dtype=dtype, into=line)
+        ways.append([found, line])
+        monkeypatch.setattr(fused_lookup, "_LEAST_COMPILED", NUM_WEIGHTS + 1)
+    return ways
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_a_compiled_look_up_gives_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, plain = both_ways(dtype, monkeypatch)
+    if fused_lookup._compile(fused_lookup._entries, dtype) is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    for mine, theirs in zip(compiled, plain, strict=True):
+        assert torch.equal(mine.isnan(), theirs.isnan())
+        assert torch.equal(mine.nan_to_num().view(torch.int16), theirs.nan_to_num().view(torch.int16))
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_without_a_compiler_it_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    compiled, plain = both_ways(torch.bfloat16, monkeypatch)
+    for mine, theirs in zip(compiled, plain, strict=True):
+        assert torch.equal(mine.view(torch.int16), theirs.view(torch.int16))
+
+
+def test_small_weights_are_not_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(fused_lookup, "_compile", fail)
+    weight = torch.randn(300, 400).bfloat16().requires_grad_()
+    clustered, _ = fused_dkm(weight, torch.linspace(-1, 1, 8), temperature=0.01, iterations=1)
+    clustered.sum().backward()
+    assert weight.grad is not None
+
+
+def test_compiling_says_nothing_and_works_inside_autocast() -> None:
+    weight = torch.randn(2049, 2048).bfloat16().requires_grad_()
+    centroids = torch.linspace(-1, 1, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain, _ = fused_dkm(weight, centroids, temperature=0.01, iterations=1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside, _ = fused_dkm(weight, centroids, temperature=0.01, iterations=1)
+    assert torch.equal(plain, inside)
