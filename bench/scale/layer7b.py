@@ -27,7 +27,7 @@ _BITS = 3
 _LIMIT_DENSE, _LIMIT_COPIES = 2, 10
 
 
-def measure(shape: Shape = LLAMA_7B, *, num_tokens: int = _NUM_TOKENS, num_rounds: int = 3) -> dict[str, Any]:
+def measure(shape: Shape = LLAMA_7B, *, num_tokens: int = _NUM_TOKENS, num_rounds: int = 9) -> dict[str, Any]:
     """Return peaks, each of a process that does nothing else, and seconds, taken in turn in a third one.
 
     Raises:
@@ -110,7 +110,7 @@ def seconds(shape: dict[str, int], num_tokens: int, num_rounds: int) -> dict[str
         name: lambda step=step: nullcontext(step)  # type: ignore[misc]
         for name, step in ways.items()
     }
-    found = step_seconds(run, entered, num_rounds=num_rounds, num_warmup=1)
+    found = step_seconds(run, entered, num_rounds=num_rounds, num_warmup=2)
     rounded = {name: [round(each, 3) for each in times] for name, times in found.items()}
     return rounded | {"copy": round(_copy_seconds(ways["dense"].layer), 4)}
 
