@@ -29,9 +29,10 @@ _NUM_LAYERS = 4
 _MIB = 2**20
 _SIZES_MIB = (4, 32)
 _RANKS = (2, 4, 8)
-_TIMED_MIB = 160
-"""Rounds that together save so much of each activation: short steps need more of them."""
-_LEAST_ROUNDS = 10
+_TIMED_MIB = 320
+"""Rounds of all ranks that together save so much of each activation: short steps need more of them."""
+_LEAST_ROUNDS, _LEAST_RANK_ROUNDS = 20, 4
+"""Of all ranks together, and of each."""
 
 
 def measure_rank(rank: int, size_mib: str, num_rounds: str, folder: str) -> None:
@@ -93,7 +94,8 @@ def measure(size_mib: int, *, num_ranks: int, num_rounds: int | None = None) -> 
     """Return a row for each way: of the rank that fares worst, the median over rounds of its time over that
     without a store in the same round.
     """
-    num_rounds = num_rounds or max(_LEAST_ROUNDS, _TIMED_MIB // size_mib)
+    all_rounds = max(_LEAST_ROUNDS, _TIMED_MIB // size_mib)
+    num_rounds = num_rounds or max(_LEAST_RANK_ROUNDS, all_rounds // num_ranks)
     with tempfile.TemporaryDirectory() as folder:
         arguments = (str(size_mib), str(num_rounds), folder)
         run_ranks("bench.shard:measure_rank", *arguments, num_ranks=num_ranks, timeout_seconds=900)
@@ -121,7 +123,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, action="append", help="MiB of an activation (default 4 and 32)")
     parser.add_argument("--ranks", type=int, action="append", help="ranks of the job (default 2, 4 and 8)")
     parser.add_argument(
-        "--rounds", type=int, help="timed steps of each way (default 40 at 4 MiB, fewer at more, 10 at least)"
+        "--rounds",
+        type=int,
+        help="timed steps of each way (default at 2 ranks 40 at 4 MiB, 10 at 32; fewer at more)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--keep", action="store_true", help="also write it to bench/results/")
