@@ -7,6 +7,7 @@ may be read through a cast to 16 bits; what is summed, and what is looked up, ke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -109,6 +110,8 @@ class Table:
         return map(list, pairs)
 
     def _spread(self, entries: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Where any pattern finds its entry: `[65536]` for each group."""
+        """Where any pattern finds its entry: `[65536]` for each group. One that has none finds NaN: such a
+        weight was written behind its version counter after its table was kept.
+        """
         for each in entries:
-            yield each.new_zeros(NUM_PATTERNS).index_copy_(0, self.patterns, each)
+            yield each.new_full((NUM_PATTERNS,), math.nan).index_copy_(0, self.patterns, each)

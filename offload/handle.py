@@ -113,6 +113,7 @@ class Encoded(Content):
 
     def recharge(self, ledger: Ledger) -> None:
         """Charge anew after parts came to be shared, or shared with more ranks."""
+        self._charge = None  # first: its key is the identity of a storage that may be gone
         self._charge = ledger.charge(self._payload.num_bytes)
 
 

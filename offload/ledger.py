@@ -28,12 +28,13 @@ class Claim(weakref.ref[object]):
     """That something is held, `num_bytes` large, for as long as its holder lives; several holders of one
     `key` hold it once.
 
-    It stands in the log as it is made and again at its holder's end, before what the holder holds is freed: a
-    key may be an identity that comes back later. `added_bytes` is known once it is booked.
+    It stands in the log as it is made, in a tuple, and alone at its holder's end, before what the holder
+    holds is freed: a key may be an identity that comes back later. `added_bytes` is known once it is booked.
     """
 
-    __slots__ = ("added_bytes", "key", "num_bytes", "row", "storage_bytes")
+    __slots__ = ("added_bytes", "is_booked", "key", "num_bytes", "row", "storage_bytes")
     added_bytes: int
+    is_booked: bool
     key: int
     num_bytes: int
     row: "Row | None"
@@ -55,7 +56,8 @@ class Ledger:
     """Held bytes, now and at most, of holders that may end on any thread at any time."""
 
     def __init__(self) -> None:
-        self._log: deque[Claim] = deque()
+        self._log: deque[tuple[Claim] | Claim] = deque()
+        """A claim alone is the end of one."""
         self._lock = threading.RLock()
         self._is_booking = False
         self._living: dict[int, Claim] = {}
@@ -90,7 +92,8 @@ class Ledger:
         claim.storage_bytes = storage_bytes
         claim.row = row
         claim.added_bytes = 0
-        log.append(claim)
+        claim.is_booked = False
+        log.append((claim,))
         if len(log) > _MOST_LINES:
             self.book()
         return claim
@@ -119,9 +122,19 @@ class Ledger:
         """Start a new peak at what is held now, and count storages anew."""
         with self._lock:
             self.book()
+            self._reckon_anew()
             self._peak_bytes = self._held_bytes
             self._storage_bytes = 0
             self._step += 1
+
+    def _reckon_anew(self) -> None:
+        """Hold what living holders do: an interrupt may have cut a line short."""
+        living, self._held, self._held_bytes = list(self._living.values()), {}, 0
+        for claim in living:
+            if claim() is None:
+                self._living.pop(id(claim), None)
+            else:
+                self._hold(claim)
 
     def book(self) -> None:
         """Reckon what stands in the log."""
@@ -130,34 +143,47 @@ class Ledger:
                 self._is_booking
             ):  # the collector runs a reader inside: out of turn an end would be a beginning
                 return
-            self._is_booking = True
             try:
+                self._is_booking = True
                 while self._log:
-                    self._book(self._log.popleft())
+                    self._book(self._log[0])  # an interrupt leaves it there
+                    self._log.popleft()
             finally:
                 self._is_booking = False
 
-    def _book(self, claim: Claim) -> None:
-        if self._living.pop(id(claim), None) is not None:
-            self._end(claim.key)
-            return
+    def _book(self, line: tuple[Claim] | Claim) -> None:
+        if isinstance(line, Claim):
+            if self._living.pop(id(line), None) is not None:
+                self._end(line.key)
+        elif not line[0].is_booked:
+            self._begin(line[0])
+
+    def _begin(self, claim: Claim) -> None:
         self._living[id(claim)] = claim
-        held = self._held.get(claim.key)
-        if held is None:
-            held = self._held[claim.key] = _Held(claim.num_bytes)
-            claim.added_bytes = claim.num_bytes
-            self._charged_bytes += claim.num_bytes
-            self._held_bytes += claim.num_bytes
+        claim.is_booked = True
+        held = self._hold(claim)
+        if held.num_holders == 1:
+            claim.added_bytes = held.num_bytes
+            self._charged_bytes += held.num_bytes
             self._peak_bytes = max(self._peak_bytes, self._held_bytes)
-        held.num_holders += 1
         if held.step != self._step:
             held.step = self._step
             self._storage_bytes += claim.storage_bytes
         if claim.row is not None:
             claim.row.count("reference", kept_bytes=claim.added_bytes)
 
+    def _hold(self, claim: Claim) -> _Held:
+        held = self._held.get(claim.key)
+        if held is None:
+            held = self._held[claim.key] = _Held(claim.num_bytes)
+            self._held_bytes += claim.num_bytes
+        held.num_holders += 1
+        return held
+
     def _end(self, key: int) -> None:
-        held = self._held[key]
+        held = self._held.get(key)
+        if held is None:
+            return
         held.num_holders -= 1
         if not held.num_holders:
             del self._held[key]

@@ -1,7 +1,6 @@
 """Look-ups over a 16-bit weight: compiled and in pieces, to the same bits."""
 
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,11 +13,10 @@ NUM_WEIGHTS = (1 << 22) + 3
 """Enough to be worth compiling for, and no multiple of anything."""
 
 
-@pytest.fixture
-def nothing_compiled() -> Iterator[None]:
-    fused_lookup._compile.cache_clear()
-    yield
-    fused_lookup._compile.cache_clear()
+@pytest.fixture(autouse=True)
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_lookup, "_ENTRIES", fused_lookup._Compiled(fused_lookup._entries))
+    monkeypatch.setattr(fused_lookup, "_LINES", fused_lookup._Compiled(fused_lookup._lines))
 
 
 def both_ways(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[list[torch.Tensor]]:
@@ -40,29 +38,49 @@ def both_ways(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[list[
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_a_compiled_look_up_gives_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled, plain = both_ways(dtype, monkeypatch)
-    if fused_lookup._compile(fused_lookup._entries, dtype) is None:
+    if not fused_lookup._ENTRIES._works:
         pytest.skip("torch.compile needs a C++ compiler")
     for mine, theirs in zip(compiled, plain, strict=True):
         assert torch.equal(mine.isnan(), theirs.isnan())
         assert torch.equal(mine.nan_to_num().view(torch.int16), theirs.nan_to_num().view(torch.int16))
 
 
-@pytest.mark.usefixtures("nothing_compiled")
-def test_without_a_compiler_it_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise RuntimeError("no compiler")
+def refuse(*_: object, **__: object) -> None:
+    raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(torch, "compile", refuse)
+
+def give_back(kernel: object, **_: object) -> object:
+    return kernel
+
+
+def fail_later(kernel: object, **_: object) -> object:
+    calls = []
+
+    def call(*arguments: torch.Tensor) -> None:
+        calls.append(arguments)
+        if len(calls) == 1:
+            refuse()
+
+    return call
+
+
+@pytest.mark.parametrize("compiler", [refuse, give_back, fail_later])
+def test_where_it_is_not_compiled_it_goes_in_pieces(
+    compiler: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no compiler, torch.compile is turned off, or it fails when it is called."""
+    monkeypatch.setattr(torch, "compile", compiler)
     compiled, plain = both_ways(torch.bfloat16, monkeypatch)
     for mine, theirs in zip(compiled, plain, strict=True):
         assert torch.equal(mine.view(torch.int16), theirs.view(torch.int16))
+    assert not fused_lookup._ENTRIES.run(*compiled), "it is not tried again"
 
 
 def test_small_weights_are_not_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(fused_lookup, "_compile", fail)
+    monkeypatch.setattr(fused_lookup._Compiled, "run", fail)
     weight = torch.randn(300, 400).bfloat16().requires_grad_()
     clustered, _ = fused_dkm(weight, torch.linspace(-1, 1, 8), temperature=0.01, iterations=1)
     clustered.sum().backward()

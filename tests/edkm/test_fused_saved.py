@@ -191,3 +191,13 @@ def test_cluster_uses_it() -> None:
     assert clustered.requires_grad
     assert sum(each is weight for each in saved) == 1
     assert sum(each.nbytes for each in saved if each is not weight) < 1000
+
+
+def test_a_weight_written_blindly_beside_a_kept_table_has_no_gradient() -> None:
+    """NaN, which is seen, and not one of the values before. A counted write is refused as ever."""
+    weight = torch.linspace(-1, 1, 16).bfloat16().repeat(64, 100).requires_grad_()
+    clustered, _ = fused_dkm(weight, torch.linspace(-1, 1, 4), temperature=0.1, iterations=1)
+    weight.data[0].mul_(1.3)
+    (gradient,) = torch.autograd.grad(clustered.sum(), weight)
+    assert gradient[0].isnan().any()
+    assert gradient[1:].isfinite().all()
