@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 
-_CPU_CHUNK = 1 << 18
+CPU_CHUNK = 1 << 18
 _CHUNK = 1 << 24
 
 
-def chunks(flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Split `[N]` into views that, on a CPU, stay in a core's cache; at least one."""
-    found: tuple[torch.Tensor, ...] = torch.split(flat, _CPU_CHUNK if flat.device.type == "cpu" else _CHUNK)
+def chunks(flat: torch.Tensor, *, cpu_chunk: int = CPU_CHUNK) -> tuple[torch.Tensor, ...]:
+    """Split `[N]` into views, at least one: on a CPU of `cpu_chunk` items, by default so few that they stay
+    in a core's cache.
+    """
+    found: tuple[torch.Tensor, ...] = torch.split(flat, cpu_chunk if flat.device.type == "cpu" else _CHUNK)
     return found
 
 

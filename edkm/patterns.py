@@ -6,16 +6,20 @@ from collections.abc import Iterator
 
 import torch
 
-from edkm.chunks import chunks
+from edkm.chunks import CPU_CHUNK, chunks
 
 NUM_PATTERNS = 1 << 16
+# Each chunk that is counted takes a pass over the counts, too.
+_COUNTED = 1 << 19
 
 
-def pattern_keys(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+def pattern_keys(
+    weight: torch.Tensor, dtype: torch.dtype, *, cpu_chunk: int = CPU_CHUNK
+) -> Iterator[torch.Tensor]:
     """The bits of each weight in `dtype`, float16 or bfloat16, as a number without sign: int32, chunk by
     chunk of `[N]`. Each chunk of keys is overwritten by the next.
     """
-    parts = chunks(weight)
+    parts = chunks(weight, cpu_chunk=cpu_chunk)
     # One buffer: the heap would hand the pages of each chunk back, and fault them in again.
     buffer = torch.empty(parts[0].shape, dtype=torch.int32, device=weight.device)
     for part in parts:
@@ -30,7 +34,7 @@ def pattern_values(found: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def pattern_counts(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """How many of some weights, `[N]`, have each key in `dtype`: `[65536]` int64."""
     total = torch.zeros(NUM_PATTERNS, dtype=torch.int64, device=weight.device)
-    for keys in pattern_keys(weight, dtype):
+    for keys in pattern_keys(weight, dtype, cpu_chunk=_COUNTED):
         total += torch.bincount(keys, minlength=NUM_PATTERNS)
     return total
 
@@ -38,8 +42,8 @@ def pattern_counts(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def pattern_sums(weight: torch.Tensor, dtype: torch.dtype, *, terms: torch.Tensor) -> torch.Tensor:
     """The sum of the `terms`, `[N]`, of the weights, `[N]`, that have each key: `[65536]` float64."""
     total = torch.zeros(NUM_PATTERNS, dtype=torch.float64, device=weight.device)
-    parts = chunks(terms)
+    parts = chunks(terms, cpu_chunk=_COUNTED)
     wide = torch.empty(parts[0].shape, dtype=torch.float64, device=weight.device)
-    for keys, part in zip(pattern_keys(weight, dtype), parts, strict=True):
+    for keys, part in zip(pattern_keys(weight, dtype, cpu_chunk=_COUNTED), parts, strict=True):
         total += torch.bincount(keys, weights=wide[: part.numel()].copy_(part), minlength=NUM_PATTERNS)
     return total
