@@ -139,10 +139,8 @@ class Ledger:
     def book(self) -> None:
         """Reckon what stands in the log."""
         with self._lock:
-            if (
-                self._is_booking
-            ):  # the collector runs a reader inside: out of turn an end would be a beginning
-                return
+            if self._is_booking:
+                return  # a reader that the collector runs inside: the line that is being booked is still there
             try:
                 self._is_booking = True
                 while self._log:
