@@ -140,7 +140,7 @@ class Ledger:
         """Reckon what stands in the log."""
         with self._lock:
             if self._is_booking:
-                return  # a reader that the collector runs inside: the line that is being booked is still there
+                return  # to a reader that the collector runs inside: the line being booked is still there
             try:
                 self._is_booking = True
                 while self._log:
