@@ -117,6 +117,8 @@ def main() -> None:
     for path in (Path(options.model), options.data, options.text):
         if not path.exists():
             parser.error(f"{path} is not there: name your own with --model, --data and --text")
+    if options.seconds is not None and not options.seconds > 0:
+        parser.error(f"--seconds {options.seconds}: a rival cannot train for that; give more than 0")
     recipe = Recipe(options.model, options.data, steps=options.steps)
     try:
         rows = compare(Comparison(recipe, options.text, seconds=options.seconds), rows=options.only)

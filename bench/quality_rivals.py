@@ -28,7 +28,7 @@ from integrations.transformers import load_dense, load_tokenizer, model_context
 
 _NUM_CALIBRATION_ROWS = 128
 _MAX_ROUNDS = 100
-_NUM_TIMED_STEPS = 5
+_NUM_TICKS = 10_000
 _SCALE_BITS = 32
 """A row's scale and zero, in 16 bits each."""
 
@@ -187,37 +187,48 @@ def palettizer(rival: Rival) -> Made:
     return Made(made.model, made.bits_per_weight, notes=notes)
 
 
+@dataclass(frozen=True)
+class TimedSchedule(Schedule):
+    """The rates of a run that lasts `seconds` on the clock, however many steps those hold.
+
+    Arguments:
+        num_steps: into which the time is divided.
+        began: when, by `time.monotonic`.
+        seconds: from then to the end.
+    """
+
+    began: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def seconds_gone(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self.began
+
+    def factor(self, num_done: int) -> float:
+        """Return the learning rate of now, over its peak."""
+        share = self.seconds_gone / self.seconds
+        return super().factor(min(int(share * self.num_steps), self.num_steps - 1))
+
+
 def _trained(
     rival: Rival, attach: Callable[[], tuple[nn.Module, Weights]]
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Train for the rival's seconds; how many steps they hold is found by taking a few first."""
-    began = time.monotonic()
-    _, training = _training(rival, attach, num_steps=_NUM_TIMED_STEPS)
-    training.step()  # what is only done once is done here
-    once = time.monotonic() - began
-    for _ in range(_NUM_TIMED_STEPS - 1):
-        training.step()
-    each = (time.monotonic() - began - once) / (_NUM_TIMED_STEPS - 1)
-    num_steps = max(1, int((rival.seconds - once) / each))
-    began = time.monotonic()
-    model, training = _training(rival, attach, num_steps=num_steps)
-    while training.num_done < num_steps:
-        training.step()
-    return model, {"num_steps": num_steps, "training_seconds": round(time.monotonic() - began, 1)}
-
-
-def _training(
-    rival: Rival, attach: Callable[[], tuple[nn.Module, Weights]], *, num_steps: int
-) -> tuple[nn.Module, Training]:
+    """Train for the rival's seconds; what is only done once, before the first step or in it, is in them."""
     recipe = rival.recipe
+    schedule = TimedSchedule(_NUM_TICKS, recipe.learning_rate, began=time.monotonic(), seconds=rival.seconds)
     model, weights = attach()
-    return model, Training(
+    training = Training(
         model,
         weights,
         sampler=Sampler(rival.corpus(), batch_size=recipe.batch_size, seed=recipe.seed),
-        schedule=Schedule(num_steps, recipe.learning_rate),
+        schedule=schedule,
         parallel=Replicated(model, ranks=Ranks()),
     )
+    training.step()
+    while schedule.seconds_gone < rival.seconds:
+        training.step()
+    return model, {"num_steps": training.num_done, "training_seconds": round(schedule.seconds_gone, 1)}
 
 
 def _counted(model: nn.Module, rival: Rival, *, num_bits: int, num_weights: int) -> Made:

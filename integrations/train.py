@@ -63,6 +63,11 @@ class Schedule:
     learning_rate: float
     num_accumulated: int = 1
 
+    def factor(self, num_done: int) -> float:
+        """Return the learning rate of the step after `num_done`, over its peak: warm-up, then cosine."""
+        warmup_steps = math.ceil(_WARMUP * self.num_steps)
+        return cosine_factor(num_done, num_steps=self.num_steps, warmup_steps=warmup_steps)
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -129,7 +134,7 @@ class Training:
         if not math.isfinite(loss):
             raise CommandError(f"the loss is {loss} at step {self.num_done + 1}: lower --learning-rate")
         self._weights.clip_grad_norm_(_MAX_NORM)
-        self._optimizer.step(self._factor())
+        self._optimizer.step(self._schedule.factor(self.num_done))
         self._weights.step()
         self.num_done += 1
         return StepRecord(
@@ -174,10 +179,6 @@ class Training:
             self._parallel.backward(loss, is_last=is_last)
         stats = store.stats
         return StepRecord(float(loss.detach()), stats.saved_bytes, stats.peak_held_bytes)
-
-    def _factor(self) -> float:
-        num_steps = self._schedule.num_steps
-        return cosine_factor(self.num_done, num_steps=num_steps, warmup_steps=math.ceil(_WARMUP * num_steps))
 
 
 def train(

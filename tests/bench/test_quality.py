@@ -1,5 +1,6 @@
 """The comparison of what 3 bits cost tells what it says it tells, on a model that is nothing."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from bench import quality, quality_rivals
 from bench.rival import MISSING
 from integrations.demo import write_untrained
 from integrations.recipe import Recipe
+from integrations.train import Schedule
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, then sleeps. "
 
@@ -54,6 +56,9 @@ def test_a_trained_rival_needs_to_know_for_how_long(
     with pytest.raises(SystemExit):
         run(monkeypatch, *arguments, "--only", "straight-through")
     assert "give --seconds" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *arguments, "--only", "straight-through", "--seconds", "0")
+    assert "give more than 0" in capsys.readouterr().err
 
 
 def test_rows_of_a_day_are_kept_together(
@@ -72,3 +77,21 @@ def test_the_straight_through_layer_snaps_and_passes_gradients() -> None:
     snapped = quality_rivals.StraightThrough(weight, recipe=recipe)(weight)
     assert [len(group.unique()) for group in (snapped[:8], snapped[8:], snapped)] == [4, 4, 8]
     assert torch.equal(torch.autograd.grad(snapped.sum(), weight)[0], torch.ones(16, 8))
+
+
+def test_a_trained_rival_trains_by_the_clock(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.count()  # each look at the clock takes one
+    monkeypatch.setattr("bench.quality_rivals.time.monotonic", lambda: float(next(seconds)))
+    rival = quality_rivals.Rival(Recipe(arguments[1], Path(arguments[3])), seconds=40.0)
+    notes = quality_rivals.straight_through(rival).notes
+    assert 10 < notes["num_steps"] <= 20  # a step looks for its rate and then whether another one is due
+    assert 40 <= notes["training_seconds"] <= 43
+
+
+def test_rates_by_the_clock_are_those_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = quality_rivals.TimedSchedule(100, 0.01, began=50.0, seconds=200.0)
+    for num_done in (0, 3, 50, 99):
+        monkeypatch.setattr("time.monotonic", lambda now=50.0 + 2 * num_done: now)
+        assert timed.factor(7) == Schedule(100, 0.01).factor(num_done)
+    monkeypatch.setattr("time.monotonic", lambda: 260.0)  # past the end
+    assert timed.factor(7) == Schedule(100, 0.01).factor(99)
