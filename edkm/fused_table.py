@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 
 from edkm.fused_lookup import look_up, look_up_line
-from edkm.pages import empty_like
 from edkm.patterns import NUM_PATTERNS, pattern_counts, pattern_sums, pattern_values
 
 # A table that small beside its weight is kept for backward, which counts the weight again otherwise.
@@ -86,7 +85,7 @@ class Table:
 
     def look_up(self, weight: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
         """Give each weight its entry of `[G, U]`, in the weight's shape and dtype."""
-        result = empty_like(weight)
+        result = torch.empty_like(weight, memory_format=torch.contiguous_format)
         tables = self._spread(entries.to(weight.dtype))
         for table, (group, target) in zip(tables, self._groups(weight, result), strict=True):
             look_up(group, table, dtype=self.dtype, into=target)
@@ -96,7 +95,7 @@ class Table:
         self, weight: torch.Tensor, at: torch.Tensor, *, slope: torch.Tensor, height: torch.Tensor
     ) -> torch.Tensor:
         """Give each weight `slope * at + height` of its entries of `[G, U]`; `at` has the weight's shape."""
-        result = empty_like(weight)
+        result = torch.empty_like(weight, memory_format=torch.contiguous_format)
         wide = torch.promote_types(weight.dtype, torch.float32)
         lines = zip(self._spread(slope.to(wide)), self._spread(height.to(wide)), strict=True)
         places = zip(self._groups(weight, at), self._groups(weight, result), strict=True)

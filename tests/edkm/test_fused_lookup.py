@@ -5,7 +5,8 @@ import warnings
 import pytest
 import torch
 
-from edkm import fused_dkm, fused_lookup
+from edkm import compiled, fused_dkm, fused_lookup
+from edkm.compiled import Compiled
 from edkm.fused_lookup import look_up, look_up_line
 
 NARROW = [torch.float16, torch.bfloat16]
@@ -15,8 +16,8 @@ NUM_WEIGHTS = (1 << 22) + 3
 
 @pytest.fixture(autouse=True)
 def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_lookup, "_ENTRIES", fused_lookup._Compiled(fused_lookup._entries))
-    monkeypatch.setattr(fused_lookup, "_LINES", fused_lookup._Compiled(fused_lookup._lines))
+    monkeypatch.setattr(fused_lookup, "_ENTRIES", Compiled(fused_lookup._entries))
+    monkeypatch.setattr(fused_lookup, "_LINES", Compiled(fused_lookup._lines))
 
 
 def both_ways(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[list[torch.Tensor]]:
@@ -31,16 +32,16 @@ def both_ways(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[list[
         look_up(weight, table, dtype=dtype, into=found)
         look_up_line(weight, at, slope=slope, height=height, dtype=dtype, into=line)
         ways.append([found, line])
-        monkeypatch.setattr(fused_lookup, "_LEAST_COMPILED", NUM_WEIGHTS + 1)
+        monkeypatch.setattr(compiled, "_LEAST_COMPILED", NUM_WEIGHTS + 1)
     return ways
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_a_compiled_look_up_gives_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled, plain = both_ways(dtype, monkeypatch)
+    in_one, plain = both_ways(dtype, monkeypatch)
     if not fused_lookup._ENTRIES._works:
         pytest.skip("torch.compile needs a C++ compiler")
-    for mine, theirs in zip(compiled, plain, strict=True):
+    for mine, theirs in zip(in_one, plain, strict=True):
         assert torch.equal(mine.isnan(), theirs.isnan())
         assert torch.equal(mine.nan_to_num().view(torch.int16), theirs.nan_to_num().view(torch.int16))
 
@@ -70,17 +71,17 @@ def test_where_it_is_not_compiled_it_goes_in_pieces(
 ) -> None:
     """There is no compiler, torch.compile is turned off, or it fails when it is called."""
     monkeypatch.setattr(torch, "compile", compiler)
-    compiled, plain = both_ways(torch.bfloat16, monkeypatch)
-    for mine, theirs in zip(compiled, plain, strict=True):
+    in_one, plain = both_ways(torch.bfloat16, monkeypatch)
+    for mine, theirs in zip(in_one, plain, strict=True):
         assert torch.equal(mine.view(torch.int16), theirs.view(torch.int16))
-    assert not fused_lookup._ENTRIES.run(*compiled), "it is not tried again"
+    assert not fused_lookup._ENTRIES.run(*in_one), "it is not tried again"
 
 
 def test_small_weights_are_not_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(fused_lookup._Compiled, "run", fail)
+    monkeypatch.setattr(Compiled, "run", fail)
     weight = torch.randn(300, 400).bfloat16().requires_grad_()
     clustered, _ = fused_dkm(weight, torch.linspace(-1, 1, 8), temperature=0.01, iterations=1)
     clustered.sum().backward()
