@@ -34,8 +34,8 @@ def fused_dkm(
     work, goes piece by piece in the width that `dkm` computes in, and backward makes each piece's map anew.
     On a CPU both roads give the same bits from run to run at a fixed number of threads.
 
-    A gradient that is itself to be differentiated (`create_graph`) is computed by `dkm`, in its memory;
-    forward-mode derivatives and the transforms of `torch.func` take `dkm` itself.
+    A gradient that is itself to be differentiated (`create_graph`) is computed by `dkm`, in its memory. For
+    forward-mode derivatives and the transforms of `torch.func`, which PyTorch refuses here, call `dkm`.
 
     Arguments:
         weight: float16, bfloat16, float32 or float64, any shape; taken as rows of d neighbouring weights.

@@ -35,7 +35,7 @@ def pattern_values(found: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def pattern_counts(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """How many of some weights, `[N]`, have each key in `dtype`: `[65536]` int64."""
     if _may_compile(weight, dtype) and weight.numel() <= torch.iinfo(torch.int32).max:
-        counts = torch.zeros(NUM_PATTERNS, dtype=torch.int32)
+        counts = torch.zeros(NUM_PATTERNS, dtype=torch.int32, device=weight.device)
         if _COUNTS.run(weight.view(torch.int16), counts):
             return counts.long()
     total = torch.zeros(NUM_PATTERNS, dtype=torch.int64, device=weight.device)
@@ -47,7 +47,7 @@ def pattern_counts(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def pattern_sums(weight: torch.Tensor, dtype: torch.dtype, *, terms: torch.Tensor) -> torch.Tensor:
     """The sum of the `terms`, `[N]`, of the weights, `[N]`, that have each key: `[65536]` float64."""
     if _may_compile(weight, dtype):
-        sums = torch.zeros(NUM_PATTERNS, dtype=torch.float64)
+        sums = torch.zeros(NUM_PATTERNS, dtype=torch.float64, device=weight.device)
         if _SUMS.run(weight.view(torch.int16), terms, sums):
             return sums
     total = torch.zeros(NUM_PATTERNS, dtype=torch.float64, device=weight.device)
@@ -66,7 +66,7 @@ def _may_compile(weight: torch.Tensor, dtype: torch.dtype) -> bool:
 def _counts(bits: torch.Tensor, into: torch.Tensor) -> None:
     require_compiled()
     keys = bits.to(torch.int32) & (NUM_PATTERNS - 1)
-    into.index_put_((keys,), torch.ones((), dtype=into.dtype), accumulate=True)
+    into.index_put_((keys,), into.new_ones(()), accumulate=True)
 
 
 def _sums(bits: torch.Tensor, terms: torch.Tensor, into: torch.Tensor) -> None:

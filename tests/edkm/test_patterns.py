@@ -56,6 +56,15 @@ def test_compiled_sums_are_those_of_pieces(terms_dtype: torch.dtype, monkeypatch
     assert patterns._SUMS._function is not None
 
 
+def test_a_default_device_has_no_part_in_it() -> None:
+    keys = bits()
+    with torch.device("meta"):
+        counts = pattern_counts(keys.view(torch.bfloat16), torch.bfloat16)
+        sums = pattern_sums(keys.view(torch.bfloat16), torch.bfloat16, terms=keys)
+    assert torch.equal(counts, expected_counts(keys))
+    assert sums.device == keys.device
+
+
 def test_compiled_sums_are_the_same_from_run_to_run() -> None:
     weight, terms = bits().view(torch.float16), torch.randn(NUM_WEIGHTS)
     first, second = (pattern_sums(weight, torch.float16, terms=terms) for _ in range(2))
