@@ -139,6 +139,8 @@ def _load(recipe: Recipe) -> PreTrainedModel:
         nn.Module.float(model)
     # A torch built without CUDA asserts.
     with told_as_command_error(RuntimeError, AssertionError):
+        if torch.device(recipe.device).type == "meta":
+            raise CommandError("--device meta computes nothing: name one that does, such as cpu")
         nn.Module.to(model, recipe.device)
     return model
 

@@ -109,6 +109,7 @@ def test_wrong_arguments_are_one_line(
         (("--bits", "0"), "DKMConfig.bits is 0: give 1 to 8"),
         (("--embedding-bits", "12"), "DKMConfig.embedding_bits is 12: give 1 to 8"),
         (("--device", "nonesuch"), "nonesuch"),
+        (("--device", "meta"), "--device meta computes nothing"),
         (("--context", "1000000"), ""),
     ],
 )
