@@ -1,5 +1,6 @@
 """Process groups of a store's own, waited on for a bounded time."""
 
+import contextlib
 import ctypes
 import math
 import threading
@@ -230,8 +231,6 @@ def _leave(roads: Mapping[str, _Road]) -> None:
 
 
 def _look(work: dist.Work, *, seconds: float) -> None:
-    try:
+    """Wait for so long. Not to learn how it ended: it may end just after the time was up."""
+    with contextlib.suppress(RuntimeError):
         work.wait(timedelta(milliseconds=math.ceil(seconds * 1000)))
-    except RuntimeError:
-        if work.is_completed():  # otherwise only this look is over
-            raise

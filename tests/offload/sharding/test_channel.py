@@ -27,6 +27,24 @@ class NeverThere:
         raise RuntimeError("timed out")
 
 
+class ThereAfterAll:
+    """Work that ends just after a look at it timed out, well or badly."""
+
+    def __init__(self, error: RuntimeError | None) -> None:
+        self._has_ended = False
+        self._error = error
+
+    def is_completed(self) -> bool:
+        return self._has_ended
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        if not self._has_ended:
+            self._has_ended = True
+            raise RuntimeError("Operation timed out!")
+        if self._error is not None:
+            raise self._error
+
+
 @pytest.fixture
 def channel(monkeypatch: pytest.MonkeyPatch) -> Channel:
     monkeypatch.setattr(channels.dist, "get_rank", lambda group: 0)
@@ -50,6 +68,20 @@ def test_no_wait_is_so_short_that_gloo_takes_it_for_none(channel: Channel) -> No
         channel.wait(Arriving(None, work))
     # Gloo counts in whole milliseconds, and 0 is no limit.
     assert min(work.waited) >= timedelta(milliseconds=1)
+
+
+def test_what_comes_as_a_look_times_out_has_come(channel: Channel) -> None:
+    rows = torch.ones(2, 3)
+    channel.begin_read()
+    assert channel.wait(Arriving(rows, ThereAfterAll(None))) is rows
+    assert channel.failure is None
+
+
+def test_what_fails_as_a_look_times_out_has_failed(channel: Channel) -> None:
+    channel.begin_read()
+    with pytest.raises(RankMismatchError) as caught:
+        channel.wait(Arriving(None, ThereAfterAll(RuntimeError("connection closed"))))
+    assert "connection closed" in str(caught.value.__cause__)
 
 
 def test_a_failure_before_the_order_was_fixed_is_told_as_it_is(channel: Channel) -> None:
