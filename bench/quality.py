@@ -19,6 +19,7 @@ from bench.machine import keep, kept, machine
 from bench.quality_rivals import LeftOutError, Rival, packed, palettizer, rounded, sensitive, straight_through
 from integrations.evaluate import evaluate, measure_model
 from integrations.finetune import finetune
+from integrations.option_types import fraction
 from integrations.recipe import Destination, Recipe
 
 _REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=Recipe.steps, help="of eDKM and the control [%(default)s]"
     )
-    parser.add_argument("--seconds", type=float, help="of each trained rival [as long as eDKM took]")
+    parser.add_argument("--seconds", type=fraction, help="of each trained rival [as long as eDKM took]")
     parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", default=ROWS, help=", ".join(ROWS))
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument(
@@ -117,8 +118,6 @@ def main() -> None:
     for path in (Path(options.model), options.data, options.text):
         if not path.exists():
             parser.error(f"{path} is not there: name your own with --model, --data and --text")
-    if options.seconds is not None and not options.seconds > 0:
-        parser.error(f"--seconds {options.seconds}: a rival cannot train for that; give more than 0")
     recipe = Recipe(options.model, options.data, steps=options.steps)
     try:
         rows = compare(Comparison(recipe, options.text, seconds=options.seconds), rows=options.only)

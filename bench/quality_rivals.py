@@ -187,7 +187,7 @@ def palettizer(rival: Rival) -> Made:
     return Made(made.model, made.bits_per_weight, notes=notes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TimedSchedule(Schedule):
     """The rates of a run that lasts `seconds` on the clock, however many steps those hold.
 
@@ -197,8 +197,8 @@ class TimedSchedule(Schedule):
         seconds: from then to the end.
     """
 
-    began: float = 0.0
-    seconds: float = 0.0
+    began: float
+    seconds: float
 
     @property
     def seconds_gone(self) -> float:

@@ -32,7 +32,7 @@ class Compiled:
     Arguments:
         kernel: writes to one of its arguments; begins with `require_compiled`.
         in_order: on one thread, for a kernel that adds where a key says: several would add atomically, in
-            any order and several times slower.
+            any order and many times slower.
     """
 
     def __init__(self, kernel: Callable[..., None], *, in_order: bool = False) -> None:

@@ -56,9 +56,10 @@ def test_a_trained_rival_needs_to_know_for_how_long(
     with pytest.raises(SystemExit):
         run(monkeypatch, *arguments, "--only", "straight-through")
     assert "give --seconds" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run(monkeypatch, *arguments, "--only", "straight-through", "--seconds", "0")
-    assert "give more than 0" in capsys.readouterr().err
+    for seconds in ("0", "inf"):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, *arguments, "--only", "straight-through", "--seconds", seconds)
+        assert f"'{seconds}' is not a number above 0" in capsys.readouterr().err
 
 
 def test_rows_of_a_day_are_kept_together(

@@ -27,9 +27,10 @@ def expected_counts(keys: torch.Tensor) -> torch.Tensor:
     return torch.bincount(keys.int() & (NUM_PATTERNS - 1), minlength=NUM_PATTERNS)
 
 
-def require_compiler() -> None:
-    if not patterns._COUNTS._works:
+def require_compiled(loop: Compiled) -> None:
+    if not loop._works:
         pytest.skip("torch.compile needs a C++ compiler")
+    assert loop._function is not None
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
@@ -39,8 +40,7 @@ def test_a_compiled_count_is_the_count(dtype: torch.dtype) -> None:
     counts = pattern_counts(keys.view(dtype), dtype)
     assert counts.dtype == torch.int64
     assert torch.equal(counts, expected_counts(keys))
-    require_compiler()
-    assert patterns._COUNTS._function is not None
+    require_compiled(patterns._COUNTS)
 
 
 @pytest.mark.parametrize("terms_dtype", [*NARROW, torch.float32, torch.float64], ids=str)
@@ -52,8 +52,7 @@ def test_compiled_sums_are_those_of_pieces(terms_dtype: torch.dtype, monkeypatch
     plain = pattern_sums(weight, torch.bfloat16, terms=terms)
     assert in_one.dtype == torch.float64
     torch.testing.assert_close(in_one, plain, rtol=1e-13, atol=1e-13, equal_nan=True)
-    require_compiler()
-    assert patterns._SUMS._function is not None
+    require_compiled(patterns._SUMS)
 
 
 def test_a_default_device_has_no_part_in_it() -> None:
