@@ -34,7 +34,7 @@ class StorageIndex:
     """Entries by living storage: an address may come back after a free, a dead weak reference does not."""
 
     def __init__(self) -> None:
-        self._records: dict[int, StorageRecord] = {}
+        self.records: dict[int, StorageRecord] = {}
         self._most_records = _LEAST_SWEPT
         self._step = 0
 
@@ -45,12 +45,13 @@ class StorageIndex:
 
     def _sweep(self) -> None:
         # All at once: a callback at each storage's end would run Python between the operators of backward.
-        self._records = {key: record for key, record in self._records.items() if record() is not None}
-        self._most_records = max(_LEAST_SWEPT, 2 * len(self._records))
+        for key in [key for key, record in self.records.items() if record() is None]:
+            del self.records[key]
+        self._most_records = max(_LEAST_SWEPT, 2 * len(self.records))
 
     def find(self, storage: torch.UntypedStorage) -> StorageRecord | None:
         """Return what is known of a storage."""
-        record = self._records.get(id(storage))
+        record = self.records.get(id(storage))
         return record if record is not None and record() is storage else None
 
     def is_counted(self, record: StorageRecord | None) -> bool:
@@ -59,9 +60,9 @@ class StorageIndex:
 
     def put(self, entry: Entry, storage: torch.UntypedStorage, *, version: int) -> None:
         """Make `entry` the one that is found."""
-        if len(self._records) >= self._most_records:
+        if len(self.records) >= self._most_records:
             self._sweep()
-        record = self._records[id(storage)] = StorageRecord(storage)
+        record = self.records[id(storage)] = StorageRecord(storage)
         record.entry, record.version, record.step = weakref.ref(entry), version, self._step
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from offload.errors import StaleTensorError
-from offload.handle import Handle
 
 _LOCAL = "_local_tensor"
 
@@ -18,6 +17,8 @@ class _Openable(Protocol):
     def is_reference(self) -> bool: ...
 
     def open(self) -> Tensor: ...
+
+    def open_own(self) -> Tensor: ...
 
 
 class Distributed:
@@ -58,11 +59,15 @@ class Distributed:
             )
         # What its counter saw moved no counter of the local tensor, which would seem to be written blindly.
         handle = self._handle
-        local = handle.open_own() if has_moved and isinstance(handle, Handle) else handle.open()
+        local = handle.open_own() if has_moved else handle.open()
         inner = self._inner | {_LOCAL: local}
         unflatten = self._type.__tensor_unflatten__  # type: ignore[attr-defined]
         whole: Tensor = unflatten(inner, self._context, self._shape, self._stride)
         return whole.detach()
+
+    def open_own(self) -> Tensor:
+        """Return it as `open` does: what was written blindly is asked of the local tensor."""
+        return self.open()
 
 
 def is_distributed(tensor: Tensor) -> bool:

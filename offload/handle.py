@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from offload.codecs.base import Payload
 from offload.errors import RankMismatchError, StaleTensorError
 from offload.layout import Layout, lay, lay_bytes, lay_on
-from offload.ledger import Charge, Ledger
+from offload.ledger import Charge, Claim, Ledger
 from offload.part import Part
 from offload.patience import Line
+from offload.reader import only_reads
 from offload.sole import is_sole
 from offload.watch import Watch
 
@@ -38,10 +39,19 @@ class Reference(Content):
     Owns the aliases, so the storage lives.
     """
 
-    __slots__ = ("_charge", "_num_bytes", "_savers")
+    __slots__ = ("_charge", "_num_bytes", "_savers", "is_sealed")
 
-    def __init__(self, source: Tensor, *, num_bytes: int = 0, charge: Charge | None = None) -> None:
-        self._savers = [(source, source._version)]
+    def __init__(
+        self,
+        source: Tensor,
+        *,
+        version: int | None = None,
+        num_bytes: int = 0,
+        charge: Charge | None = None,
+    ) -> None:
+        self.is_sealed = False
+        """Whether nobody else had the storage when it was hashed last, nor got it from here since."""
+        self._savers = [(source, source._version if version is None else version)]
         self._charge = charge
         self._num_bytes = num_bytes
 
@@ -59,9 +69,10 @@ class Reference(Content):
     def _shrank(self) -> bool:
         return self._num_bytes > 0 and self.source.untyped_storage().nbytes() < self._num_bytes
 
-    def add(self, source: Tensor) -> int:
-        """Take one more save of the same bytes; return its number."""
-        self._savers.append((source, source._version))
+    def add(self, source: Tensor, *, version: int | None = None) -> int:
+        """Take one more save of the same bytes, made at `version` (None: its own now); return its number."""
+        self.is_sealed = False
+        self._savers.append((source, source._version if version is None else version))
         return len(self._savers) - 1
 
     @property
@@ -74,6 +85,13 @@ class Reference(Content):
         storage = self.source.untyped_storage()
         return is_sole(storage, num_aliases=len(self._savers) + num_payloads)
 
+    def seal(self) -> bool:
+        """Return whether nobody else has the storage; if so it is sealed, before it is hashed."""
+        self.is_sealed = True  # first: a reader on another thread is either counted or breaks the seal
+        if not self.is_sole():
+            self.is_sealed = False
+        return self.is_sealed
+
     def watch(self, digest: bytes) -> Watch | None:
         """Return what tells of writes behind the counters from now on; None where nobody else can write."""
         return None if self.is_sole() else Watch(self._savers, digest=digest)
@@ -81,9 +99,11 @@ class Reference(Content):
     def open(self, layout: Layout, saver: int) -> Tensor:
         """Return the tensor; raises StaleTensorError when it is no longer what was saved."""
         source, version = self._savers[saver]
-        _require_fresh(source, version, self._num_bytes)
+        require_fresh(source, version=version, num_bytes=self._num_bytes)
         # An alias of the reader's own: autograd may hand out what it gets, and `is_sole` counts aliases.
-        return lay(layout, source.detach())
+        alias = source.detach()
+        self.is_sealed = False  # before the reader can write to it
+        return lay(layout, alias)
 
 
 class Encoded(Content):
@@ -99,7 +119,9 @@ class Encoded(Content):
 
     def open(self, layout: Layout, saver: int) -> Tensor:
         """Decode the payload and lay the tensor on it."""
-        return lay_bytes(layout, self._payload.decode(), start=self._start)
+        payload = self._payload
+        decoded = payload.lend() if payload.can_lend and only_reads() else payload.decode()
+        return lay_bytes(layout, decoded, start=self._start)
 
     @property
     def is_fresh(self) -> bool:
@@ -192,43 +214,63 @@ class Kept:
     """
 
     # No __init__, which would be one more entry from C to Python with cold caches: `kept_of` makes it.
-    __slots__ = ("__weakref__", "_alias", "_charge", "_num_bytes", "_version")
-    _alias: Tensor
+    __slots__ = ("__weakref__", "_charge", "_handle", "_is_late", "_num_bytes", "alias", "claim", "version")
+    alias: Tensor | None
+    """The saved tensor, None once a handle has it."""
+    claim: Claim | None
     _charge: Charge | None
+    _handle: Handle | None
+    _is_late: bool
     _num_bytes: int
-    _version: int
+    version: int
 
     @property
     def is_reference(self) -> bool:
-        """Return True: the alias is all there is."""
-        return True
+        """Whether the bytes are still those of the saved tensor."""
+        return self._handle is None or self._handle.is_reference
 
-    @property
-    def item_bytes(self) -> int:
-        """Bytes of an element."""
-        return self._alias.dtype.itemsize
+    def hold(self, handle: Handle) -> None:
+        """Leave a late save, one to be looked at once its operator has returned, to a handle."""
+        self._handle = handle
+        self.alias = None
 
     def open(self) -> Tensor:
         """Return the saved tensor; raises StaleTensorError when it is no longer what was saved."""
-        alias = self._alias
-        if alias._version != self._version or (
+        alias, handle = self.alias, self._handle
+        if alias is None or handle is not None:
+            assert handle is not None
+            return handle.open()
+        if alias._version != self.version or (
             self._num_bytes and alias.untyped_storage().nbytes() < self._num_bytes
         ):
-            _require_fresh(alias, self._version, self._num_bytes)
-        return alias
+            require_fresh(alias, version=self.version, num_bytes=self._num_bytes)
+        if not self._is_late:
+            return alias
+        # Of the reader's own, as in Reference: a thread that settles the save meanwhile must not miss it.
+        opened = alias.detach()
+        return opened if self._handle is None else self.open()
+
+    def open_own(self) -> Tensor:
+        """Return it as it was saved also where the storage that others have was written blindly."""
+        return self._handle.open_own() if self._handle is not None else self.open()
 
 
-def kept_of(alias: Tensor, *, num_bytes: int = 0, charge: Charge | None = None) -> Kept:
+def kept_of(
+    alias: Tensor, *, num_bytes: int = 0, charge: Charge | None = None, is_late: bool = False
+) -> Kept:
     """Return the keeper of `alias`, on a storage of `num_bytes`, 0 if that may go and come (FSDP's do)."""
     kept = Kept()
-    kept._alias = alias
-    kept._version = alias._version
+    kept.alias = alias
+    kept.claim = None
+    kept.version = alias._version
     kept._num_bytes = num_bytes
     kept._charge = charge
+    kept._handle = None
+    kept._is_late = is_late
     return kept
 
 
-def _require_fresh(alias: Tensor, version: int, num_bytes: int) -> None:
+def require_fresh(alias: Tensor, *, version: int, num_bytes: int) -> None:
     """Raise StaleTensorError if `alias` was changed in place since `version`, or lost bytes (Law 4)."""
     shrank = num_bytes > 0 and alias.untyped_storage().nbytes() < num_bytes
     if not shrank and alias._version == version:

@@ -80,8 +80,19 @@ def block_of(source: Tensor, layout: Layout, *, whole_storage: bool) -> tuple[Bl
     if layout.has_gaps() and not whole_storage:
         flat = source.contiguous().view(-1).view(torch.uint8)
         return Block(flat, item_bytes, layout.shape[-1]), None
-    flat = torch.empty(0, dtype=torch.uint8, device=source.device).set_(storage, start, (stop - start,), (1,))
+    flat = _bytes_of(storage, start, stop)
     return Block(flat, item_bytes, layout.row_items((stop - start) // item_bytes)), start
+
+
+def flat_of(source: Tensor) -> Tensor:
+    """Return the bytes of the whole storage of `source`, uint8 `[num_bytes]`, not a copy."""
+    storage = source.untyped_storage()
+    return _bytes_of(storage, 0, storage.nbytes())
+
+
+def _bytes_of(storage: torch.UntypedStorage, start: int, stop: int) -> Tensor:
+    flat = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    return flat.set_(storage, start, (stop - start,), (1,))
 
 
 def lay(layout: Layout, alias: Tensor) -> Tensor:

@@ -9,12 +9,10 @@ that of the moment.
 import threading
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from offload.stats import Row
+from offload.stats import Row
 
-_MOST_LINES = 1024
+MOST_LINES = 1024
 
 
 class Charge:
@@ -32,12 +30,11 @@ class Claim(weakref.ref[object]):
     holds is freed: a key may be an identity that comes back later. `added_bytes` is known once it is booked.
     """
 
-    __slots__ = ("added_bytes", "is_booked", "key", "num_bytes", "row", "storage_bytes")
+    __slots__ = ("added_bytes", "key", "num_bytes", "row", "storage_bytes")
     added_bytes: int
-    is_booked: bool
     key: int
     num_bytes: int
-    row: "Row | None"
+    row: Row | None
     storage_bytes: int
 
 
@@ -56,8 +53,8 @@ class Ledger:
     """Held bytes, now and at most, of holders that may end on any thread at any time."""
 
     def __init__(self) -> None:
-        self._log: deque[tuple[Claim] | Claim] = deque()
-        """A claim alone is the end of one."""
+        self.log: deque[tuple[Claim] | Claim | Row] = deque()
+        """A claim in a tuple begins, a claim alone ends, and a row is a save of a parameter."""
         self._lock = threading.RLock()
         self._is_booking = False
         self._living: dict[int, Claim] = {}
@@ -69,7 +66,7 @@ class Ledger:
         self._charged_bytes = 0
 
     def charge(
-        self, num_bytes: int, *, key: int | None = None, storage_bytes: int = 0, row: "Row | None" = None
+        self, num_bytes: int, *, key: int | None = None, storage_bytes: int = 0, row: Row | None = None
     ) -> Charge:
         """Return an object that holds `num_bytes` of its own, or with others what `key` is the identity of;
         whoever owns the memory owns it.
@@ -80,23 +77,26 @@ class Ledger:
         return charge
 
     def claim(
-        self, holder: object, *, key: int, num_bytes: int, storage_bytes: int, row: "Row | None" = None
+        self, holder: object, *, key: int, num_bytes: int, storage_bytes: int, row: Row | None = None
     ) -> Claim:
         """Note that `holder` holds what `key` is the identity of, `storage_bytes` of it counted among the
         storages of the step; with `row`, count it there as a save by reference.
         """
-        log = self._log
+        log = self.log
         claim = Claim(holder, log.append)
         claim.key = key
         claim.num_bytes = num_bytes
         claim.storage_bytes = storage_bytes
         claim.row = row
         claim.added_bytes = 0
-        claim.is_booked = False
         log.append((claim,))
-        if len(log) > _MOST_LINES:
+        if len(log) > MOST_LINES:
             self.book()
         return claim
+
+    def end(self, claim: Claim) -> None:
+        """Note that a holder lives on without what it held."""
+        self.log.append(claim)
 
     def read(self) -> tuple[int, int]:
         """Return the held bytes now and their peak since the step began."""
@@ -143,27 +143,31 @@ class Ledger:
                 return  # to a reader that the collector runs inside: the line being booked is still there
             try:
                 self._is_booking = True
-                while self._log:
-                    self._book(self._log[0])  # an interrupt leaves it there
-                    self._log.popleft()
+                self._book_log()
             finally:
                 self._is_booking = False
 
-    def _book(self, line: tuple[Claim] | Claim) -> None:
-        if isinstance(line, Claim):
-            if self._living.pop(id(line), None) is not None:
+    def _book_log(self) -> None:
+        log, living = self.log, self._living
+        while log:
+            line = log[0]  # an interrupt leaves it there
+            if isinstance(line, tuple):
+                if id(line[0]) not in living:  # it may be the line that an interrupt left
+                    self._begin(line[0])
+            elif isinstance(line, Row):
+                line.count("parameter")
+            elif living.pop(id(line), None) is not None:
                 self._end(line.key)
-        elif not line[0].is_booked:
-            self._begin(line[0])
+            log.popleft()
 
     def _begin(self, claim: Claim) -> None:
         self._living[id(claim)] = claim
-        claim.is_booked = True
         held = self._hold(claim)
         if held.num_holders == 1:
             claim.added_bytes = held.num_bytes
             self._charged_bytes += held.num_bytes
-            self._peak_bytes = max(self._peak_bytes, self._held_bytes)
+            if self._held_bytes > self._peak_bytes:
+                self._peak_bytes = self._held_bytes
         if held.step != self._step:
             held.step = self._step
             self._storage_bytes += claim.storage_bytes

@@ -28,28 +28,27 @@ class Offers:
 
     def __init__(self, candidates: Candidates) -> None:
         self._candidates = candidates
-        self._waiting: deque[tuple[Find, int]] = deque(maxlen=_NUM_WAITING)
+        self.waiting: deque[tuple[Find, int]] = deque(maxlen=_NUM_WAITING)
         candidates.on_asked = self._tell
 
     def offer_kept(self, kept: Kept, *, kept_bytes: int) -> None:
         """Offer a save by reference, which keeps `kept_bytes` alive; 0 for a parameter."""
-        if kept.item_bytes == 2:
-            self._waiting.append((weakref.ref(kept), kept_bytes))
+        self.waiting.append((weakref.ref(kept), kept_bytes))
 
     def offer_entry(self, entry: Entry, layout: Layout, *, kept_bytes: int) -> None:
         """Offer a settled entry, if it is a reference: a payload by a key leads to no other."""
         if layout.dtype.itemsize == 2:
-            self._waiting.append((_finder(entry, layout), kept_bytes))
+            self.waiting.append((_finder(entry, layout), kept_bytes))
 
     def offer_parameters(self, tensor: Tensor) -> None:
         """Offer the parameters that `tensor` was computed from: a cast to float32 saves none of them."""
         for parameter in _parameters_behind(tensor):
             if parameter.element_size() == 2:
-                self._waiting.append((_parameter_finder(parameter), 0))
+                self.waiting.append((_parameter_finder(parameter), 0))
 
     def _tell(self) -> None:
-        while self._waiting:
-            find, kept_bytes = self._waiting.popleft()
+        while self.waiting:
+            find, kept_bytes = self.waiting.popleft()
             keeper = find()
             if keeper is None or not keeper.is_reference:
                 continue

@@ -105,6 +105,10 @@ class Part:
         assert self._lease is not None
         return self._lease.read_own().view(self._dtype).view(self._shape)
 
+    def lend(self) -> Tensor:
+        """Return the tensor to a reader that only reads it: as `read_own` does where the bytes are leased."""
+        return self._tensor if self._tensor is not None else self.read_own()
+
     @property
     def is_shared(self) -> bool:
         """Whether other ranks may hold the bytes too."""

@@ -4,41 +4,46 @@ lines for nothing.
 
 _NUM_LOST = 8
 _LEAST_SKIPPED = 8
-_MOST_SKIPPED = 128
+_MOST_SKIPPED = 1024
 
 
 class Patience:
     """How a line of code has fared with a stage: it is tried until it won nothing eight times in a row, then
     now and then.
 
-    Between two trials 8, 16 ... 128 saves are skipped; one that wins makes the line worth trying again.
+    Between two trials 8, 16 ... 1024 saves are skipped; one that wins makes the line worth trying again.
     """
 
-    __slots__ = ("_gap", "_num_lost", "_num_to_skip")
+    __slots__ = ("_gap", "_num_lost", "num_to_skip")
 
     def __init__(self) -> None:
         self._num_lost = 0
         self._gap = 0
-        self._num_to_skip = 0
+        self.num_to_skip = 0
 
     @property
     def is_hopeful(self) -> bool:
         """Whether it did not yet win nothing eight times in a row."""
         return self._num_lost < _NUM_LOST
 
+    @property
+    def is_winning(self) -> bool:
+        """Whether no save is skipped."""
+        return not self._gap
+
     def is_worth_trying(self) -> bool:
         """Return whether to try the save that comes now."""
-        if self._num_to_skip:
-            self._num_to_skip -= 1
+        if self.num_to_skip:
+            self.num_to_skip -= 1
             return False
-        self._num_to_skip = self._gap  # what this trial comes to is learnt later
+        self.num_to_skip = self._gap  # what this trial comes to is learnt later
         return True
 
     def learn(self, *, won: bool) -> None:
         """Take note of what trying a save came to."""
         self._num_lost = 0 if won else self._num_lost + 1
         excess = min(self._num_lost - _NUM_LOST, 7)
-        self._gap = self._num_to_skip = min(_MOST_SKIPPED, _LEAST_SKIPPED << excess) if excess >= 0 else 0
+        self._gap = self.num_to_skip = min(_MOST_SKIPPED, _LEAST_SKIPPED << excess) if excess >= 0 else 0
 
 
 class Line:
@@ -46,10 +51,12 @@ class Line:
 
     `reading` is for their bytes at all: saves that are not read are kept by reference, as plain autograd
     does. `encoding` is for the codecs, and `codec` the name of the one that won last; `others` is for asking
-    those that might win more than that one. `is_shared` says whether other ranks held the last save too.
+    those that might win more than that one. `is_shared` says whether other ranks held the last save too,
+    `is_sole` whether nobody else had its storage once its operator had returned, and `is_late` whether the
+    next one is looked at only then.
     """
 
-    __slots__ = ("codec", "encoding", "is_shared", "others", "reading")
+    __slots__ = ("codec", "encoding", "is_late", "is_shared", "is_sole", "others", "reading")
 
     def __init__(self) -> None:
         self.reading = Patience()
@@ -57,3 +64,5 @@ class Line:
         self.others = Patience()
         self.codec: str | None = None
         self.is_shared = False
+        self.is_sole = False
+        self.is_late = False

@@ -59,6 +59,13 @@ def plain_storage(tensor: Tensor) -> torch.UntypedStorage | None:
         return None
 
 
+def is_readable(layout: Layout, num_bytes: int) -> bool:
+    """Return whether a storage of so many bytes is to be read for a view: not where it was shrunk before the
+    save, and would have to grow to be read, nor where the view is but a small part of it.
+    """
+    return layout.span()[1] <= num_bytes and not is_window(layout, storage_bytes=num_bytes)
+
+
 def is_window(layout: Layout, *, storage_bytes: int) -> bool:
     """Return whether a view reaches so little of its storage that hashing all of it would cost more than it
     can win.

@@ -6,11 +6,9 @@ operator has returned, and only then is content matched and encoded, provided th
 hash they had at pack. Where they do not, the tensor stays a reference, which is what plain autograd has.
 """
 
-import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,30 +22,18 @@ from offload.codecs.raw import RawPayload
 from offload.codecs.tensor_keyed import TensorKeyed
 from offload.dedupe import ContentIndex, StorageIndex
 from offload.digest import digest_of
-from offload.handle import Content, Encoded, Entry, Handle, Kept, Reference, kept_of
-from offload.layout import Layout, block_of, lift
-from offload.ledger import Charge, Claim, Ledger
+from offload.handle import Content, Encoded, Entry, Handle, Kept, Reference
+from offload.late import enter
+from offload.layout import Layout, block_of, flat_of, lift
+from offload.ledger import Ledger
 from offload.offers import Offers
 from offload.patience import Line
-from offload.select import is_window
+from offload.pending import Late, Pending, Queue, leave
+from offload.references import References
+from offload.select import is_readable
 from offload.sharding.base import Sharding
 from offload.share import Sharer
 from offload.stats import Row
-
-_BATCH_BYTES = 8 << 20
-_BATCH_SAVES = 1024
-"""Saves of so many bytes of storage, or so many of them, wait by reference before they are settled."""
-
-
-class Pending(NamedTuple):
-    """A save whose operator may still be running. Weak: a graph that is dropped takes its entries along."""
-
-    sequence: int
-    entry: "weakref.ref[Entry]"
-    layout: Layout
-    row: Row
-    claim: Claim
-    num_bytes: int
 
 
 class Settler:
@@ -66,66 +52,62 @@ class Settler:
         self._dedupe = dedupe
         self._min_bytes = min_bytes
         self._ledger = ledger
-        self._storages = StorageIndex()
+        self.storages = StorageIndex()
         self._contents = ContentIndex()
         self._lists = IndexLists(ledger)
-        self._offers = Offers(self._lists.tensors)
+        self.offers = Offers(self._lists.tensors)
         self.sharer = Sharer(sharding, ledger=ledger)
-        self._queue = _Queue()
-        self.num_pending = 0
-        """Saves of all threads that have not settled: mostly there are none, and no queue is looked at."""
+        self.queue = Queue()
+        self.has_codecs = bool(codecs)
+        offers = self.offers if codecs else None
+        self.references = References(ledger=ledger, queue=self.queue, offers=offers, dedupe=dedupe)
 
     def begin_step(self) -> None:
         """Start counting storages and the peak anew, and look which ranks there are."""
-        self._storages.begin_step()
+        self.storages.begin_step()
         self._lists.tensors.begin_step()
         self.sharer.begin_step()
         self._ledger.begin_step()
 
     def admit(self, tensor: Tensor, storage: torch.UntypedStorage, *, row: Row, line: Line) -> Handle | Kept:
         """Return the handle of a save of a plain tensor on `storage`."""
+        references = self.references
         alias = tensor.detach()
         num_bytes = storage.nbytes()
-        record = self._storages.find(storage)
+        record = self.storages.find(storage)
         known = record.at(alias._version) if record is not None and self._dedupe else None
+        if num_bytes < self._min_bytes:
+            return references.keep(alias, storage, num_bytes=num_bytes, row=row)
+        if record is None and line.is_late:
+            return references.keep_late(alias, storage, num_bytes=num_bytes, row=row, line=line)
         # A storage that was read once is read again: its saves are to share one payload (Law 5).
-        unread = self._dedupe and known is None and not line.reading.is_worth_trying()
-        if unread or num_bytes < self._min_bytes:
-            return self._keep(alias, storage, num_bytes=num_bytes, row=row)
+        if self._dedupe and known is None and not line.reading.is_worth_trying():
+            return references.keep(alias, storage, num_bytes=num_bytes, row=row)
         layout, source = lift(alias)
-        # Where the storage was shrunk before the save, it would have to grow to be read.
-        if layout.span()[1] > num_bytes or is_window(layout, storage_bytes=num_bytes):
-            return self._keep(alias, storage, num_bytes=num_bytes, row=row)
+        if not is_readable(layout, num_bytes):
+            return references.keep(alias, storage, num_bytes=num_bytes, row=row)
         digest = digest_of(source)
         if known is not None and isinstance(known.content, Reference):
-            if known.digest == digest:
+            if known.digest in (None, digest):  # without one it stays a reference
                 row.count("storage")
                 return Handle(known, layout=layout, saver=known.content.add(source))
             known.follows = True
-        # No other codec than this needs to hear of keys.
-        asks = line.encoding.is_hopeful and (line.others.is_hopeful or line.codec == TensorKeyed.name)
-        if self._codecs and asks:
-            self._offers.offer_parameters(tensor)
-        charge = self._charge(
-            source, storage, storage_bytes=0 if self._storages.is_counted(record) else num_bytes
+        if self._asks_for_keys(line):
+            self.offers.offer_parameters(tensor)
+        charge = references.charge(
+            source, storage, storage_bytes=0 if self.storages.is_counted(record) else num_bytes
         )
         reference = Reference(source, num_bytes=num_bytes, charge=charge)
         entry = Entry(reference, line=line, digest=digest, follows=known is not None and known.follows)
-        self._storages.put(entry, storage, version=source._version)
+        self.storages.put(entry, storage, version=source._version)
         pending = Pending(_get_sequence_nr(), weakref.ref(entry), layout, row, charge.claim, num_bytes)
-        self._queue.pending.append(pending)
-        self._queue.num_bytes += num_bytes
-        self.num_pending += 1
+        self.queue.put(pending)
         return Handle(entry, layout=layout)
 
-    def keep(self, tensor: Tensor) -> Kept:
-        """Return the handle of a parameter, or of what has no plain storage: no stage touches it, but others
-        may be tables by it.
-        """
-        kept = kept_of(tensor.detach())
-        if self._codecs:
-            self._offers.offer_kept(kept, kept_bytes=0)
-        return kept
+    def _asks_for_keys(self, line: Line) -> bool:
+        """Whether a codec may look for what was computed with the next save; no other than this one does."""
+        asks = line.encoding.is_hopeful and (line.others.is_hopeful or line.codec == TensorKeyed.name)
+        return self.has_codecs and asks
 
     def settle_returned(self) -> None:
         """Settle a batch of what this thread saved under an earlier node than the one being built.
@@ -133,13 +115,13 @@ class Settler:
         Not one by one: between two operators the caches are theirs, and each look at a tensor would cost
         several times what it does right after another one.
         """
-        if self._queue.num_bytes > _BATCH_BYTES or len(self._queue.pending) > _BATCH_SAVES:
+        if self.queue.is_mine_due:
             self._settle_queue(now=_get_sequence_nr())
             self._share(is_final=False)
 
     def settle_all(self) -> None:
         """Settle all that this thread saved. To be called outside any operator."""
-        if self.num_pending:
+        if self.queue.num_saves:
             self._settle_queue(now=None)
         self._share(is_final=True)
 
@@ -153,51 +135,39 @@ class Settler:
             self.sharer.begin_backward()
 
     def _settle_queue(self, *, now: int | None) -> None:
-        queue = self._queue.pending
         self._ledger.book()
+        taken, waiting = deque[Pending | Late](), deque[Pending]()
         # A mode that was entered after the save (a fake tensor's, a counter's) has no part in it.
         with _disable_current_modes():
-            while queue and queue[0].sequence != now:
-                pending = queue.popleft()
-                self.num_pending -= 1
-                self._queue.num_bytes -= pending.num_bytes
-                self._settle(pending)
+            try:
+                # All late ones first: who has a storage is known once all its saves are.
+                taken += self.queue.take(now=now)
+                while taken:
+                    pending: Pending | None = self._with_entry(taken[0])
+                    taken.popleft()
+                    if pending is not None:
+                        waiting.append(pending)
+                while waiting:
+                    self._settle(waiting.popleft())
+            finally:
+                for save in (*waiting, *taken):  # after an error
+                    leave(save)
+
+    def _with_entry(self, save: Pending | Late) -> Pending | None:
+        if isinstance(save, Pending):
+            return save
+        return enter(save, storages=self.storages, ledger=self._ledger)
 
     def drop_all(self) -> None:
         """Leave what this thread saved by reference."""
-        self.num_pending -= len(self._queue.pending)
-        self._queue.pending.clear()
-        self._queue.num_bytes = 0
-
-    def _keep(self, alias: Tensor, storage: torch.UntypedStorage, *, num_bytes: int, row: Row) -> Kept:
-        if self._dedupe:
-            kept = kept_of(alias, num_bytes=num_bytes)
-            self._ledger.claim(kept, key=id(storage), num_bytes=num_bytes, storage_bytes=num_bytes, row=row)
-        else:
-            kept = kept_of(
-                alias,
-                num_bytes=num_bytes,
-                charge=self._charge(alias, storage, storage_bytes=num_bytes, row=row),
-            )
-        if self._codecs:
-            self._offers.offer_kept(kept, kept_bytes=num_bytes)
-        return kept
-
-    def _charge(
-        self, alias: Tensor, storage: torch.UntypedStorage, *, storage_bytes: int, row: Row | None = None
-    ) -> Charge:
-        """Return the charge for a save by reference: its storage's, or without dedupe its own."""
-        ledger = self._ledger
-        if self._dedupe:
-            return ledger.charge(storage.nbytes(), key=id(storage), storage_bytes=storage_bytes, row=row)
-        charge = ledger.charge(min(lift(alias)[0].span_bytes(), alias.nbytes), row=row)
-        ledger.claim(charge, key=id(storage), num_bytes=0, storage_bytes=storage_bytes)  # to be counted
-        return charge
+        self._ledger.book()
+        for save in self.queue.take(now=None):
+            leave(save)
 
     def _settle(self, pending: Pending) -> None:
         entry = pending.entry()
         if entry is None:
-            pending.row.count("reference", kept_bytes=pending.claim.added_bytes)
+            leave(pending)
             return
         charged_bytes = self._ledger.charged_bytes
         stage = "reference"
@@ -206,11 +176,16 @@ class Settler:
         finally:
             won = stage != "reference"
             entry.line.reading.learn(won=won)
+            entry.line.is_late = self._is_late(entry.line)
             own_bytes = self._ledger.charged_bytes - charged_bytes
             pending.row.count(stage, kept_bytes=own_bytes if won else pending.claim.added_bytes)
         if self._codecs:
-            self._offers.offer_entry(entry, pending.layout, kept_bytes=pending.num_bytes)
+            self.offers.offer_entry(entry, pending.layout, kept_bytes=pending.num_bytes)
         self.sharer.add(entry, layout=pending.layout, row=pending.row, stage=stage)
+
+    def _is_late(self, line: Line) -> bool:
+        """Whether the next save of the line is looked at only once its operator has returned."""
+        return self._dedupe and line.is_sole and line.reading.is_winning and not self._asks_for_keys(line)
 
     def _place(self, entry: Entry, layout: Layout) -> str:
         """Give `entry` bytes of its own where a stage has a reason to, and return the name of the stage."""
@@ -218,14 +193,20 @@ class Settler:
         if entry.follows or not isinstance(reference, Reference) or reference.is_stale:
             return "reference"
         source = reference.source
-        stage, content = self._own_bytes(entry.digest or b"", source, layout, entry.line)
-        if content is not None and digest_of(source) != entry.digest:
+        # What nobody else has keeps its bytes, which plain autograd would read: no earlier hash is needed.
+        entry.line.is_sole = reference.seal()
+        if entry.line.is_sole:
+            entry.digest = digest_of(source)
+        if entry.digest is None:
+            return "reference"
+        stage, content = self._own_bytes(entry.digest, source, layout, entry.line)
+        if content is not None and not reference.is_sealed and digest_of(source) != entry.digest:
             entry.follows, content = True, None
         if self._dedupe and stage != "content" and not entry.follows:
             self._contents.put(entry, source)
         if content is None:
             return "reference"
-        entry.own(content, watch=reference.watch(entry.digest or b""))
+        entry.own(content, watch=reference.watch(entry.digest))
         return stage
 
     def _own_bytes(
@@ -255,12 +236,17 @@ class Settler:
         if known.follows or known.content.is_stale:
             return None
         reference, watch = known.content, known.content.watch(digest)
-        copy = self._copy(theirs, layout) if watch is not None else self._take_over(reference, layout)
+        was_sealed = reference.is_sealed
+        if watch is not None:
+            copy = self._copy(theirs, layout)
+        else:
+            copy = self._take_over(reference, digest=digest if was_sealed else None)
         # One hash: they still had these bytes, and no other thread wrote while they were copied.
         if any(part.digest != digest for part in copy.parts):
             return None
         known.own(copy, watch=watch)
-        if watch is None and not reference.is_sole(num_payloads=1):
+        was_read = was_sealed and not reference.is_sealed
+        if watch is None and (was_read or not reference.is_sole(num_payloads=1)):
             # Another thread got the storage just before; whoever comes after that gets the copy.
             known.own(reference, watch=None)
             return None
@@ -286,15 +272,9 @@ class Settler:
         charge = self._ledger.charge(block.num_bytes)
         return Encoded(RawPayload(block.flat.clone()), start=start, charge=charge)
 
-    def _take_over(self, reference: Reference, layout: Layout) -> Encoded:
-        """Return the storage of a reference as a payload: nobody else has it, and readers get copies."""
-        block, start = block_of(reference.source, layout, whole_storage=True)
-        return Encoded(RawPayload(block.flat), start=start, charge=reference.charge)
-
-
-class _Queue(threading.local):
-    """Autograd's sequence numbers are per thread, and so is the queue."""
-
-    def __init__(self) -> None:
-        self.pending: deque[Pending] = deque()
-        self.num_bytes = 0
+    def _take_over(self, reference: Reference, *, digest: bytes | None) -> Encoded:
+        """Return the storage of a reference as a payload, which nobody else has; `digest` is that of its
+        bytes, where it is known.
+        """
+        payload = RawPayload(flat_of(reference.source), digest=digest)
+        return Encoded(payload, start=0, charge=reference.charge)

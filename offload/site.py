@@ -24,12 +24,13 @@ class Sites:
 
     def __init__(self) -> None:
         self._sites: dict[tuple[int, int], Site] = {}
-        self._ours: dict[str, bool] = {}
+        self.ours: dict[str, bool] = {}
+        """By file name, whether its frames are passed over."""
 
     def calling(self) -> tuple[int, int]:
         """Return the key of the instruction that called the operator that is being recorded."""
         frame = sys._getframe(1)  # a thread of the engine or of TorchScript has no frame above ours
-        ours = self._ours
+        ours = self.ours
         while True:
             file = frame.f_code.co_filename
             skipped = ours.get(file)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -34,29 +35,43 @@ class Stats:
     waited_seconds: float = 0.0
 
 
-class Row:
-    """All saves of one line of code with one shape and dtype, counted as they come."""
+_UNASKED = ("parameter", "opaque")
+"""Stages whose saves are not counted among `saved_bytes`."""
 
-    __slots__ = (
-        "dtype",
-        "each_bytes",
-        "kept_bytes",
-        "num_by_stage",
-        "num_saved",
-        "saved_bytes",
-        "shape",
-        "site",
-    )
+
+class Row:
+    """All saves of one line of code with one shape and dtype, counted by what became of them."""
+
+    __slots__ = ("dtype", "each_bytes", "kept_bytes", "num_by_stage", "shape", "site")
 
     def __init__(self, site: str, *, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.site = site
         self.shape = shape
         self.dtype = dtype
         self.each_bytes = math.prod(shape) * dtype.itemsize
-        self.num_saved = 0
-        self.saved_bytes = 0
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Count from nothing."""
         self.kept_bytes = 0
         self.num_by_stage: dict[str, int] = {}
+
+    def reading(self) -> "Row":
+        """Return the row as it is now."""
+        row = copy(self)
+        row.num_by_stage = dict(self.num_by_stage)
+        return row
+
+    @property
+    def num_saved(self) -> int:
+        """Saves so far."""
+        return sum(self.num_by_stage.values())
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of those that a stage looks at."""
+        num_asked = sum(num for stage, num in self.num_by_stage.items() if stage not in _UNASKED)
+        return num_asked * self.each_bytes
 
     def count(self, stage: str, *, kept_bytes: int = 0) -> None:
         """Book one save that ended as `stage` and for which the store came to hold `kept_bytes` more."""
@@ -75,26 +90,36 @@ class Counts:
     """The counts since the outermost enter, by row."""
 
     def __init__(self) -> None:
-        self.rows: dict[tuple[str, torch.Size, torch.dtype], Row] = {}
+        self._rows: dict[tuple[str, torch.Size, torch.dtype], Row] = {}
+
+    def begin_step(self) -> None:
+        """Count from nothing; rows without a save in the last step go."""
+        self._rows = {key: row for key, row in self._rows.items() if row.num_by_stage}
+        for row in self._rows.values():
+            row.begin_step()
 
     def row(self, site: str, *, shape: torch.Size, dtype: torch.dtype) -> Row:
         """Return the row of these saves, a new one at its first."""
         key = (site, shape, dtype)
-        row = self.rows.get(key)
+        row = self._rows.get(key)
         if row is None:
-            row = self.rows[key] = Row(site, shape=tuple(shape), dtype=dtype)
+            row = self._rows[key] = Row(site, shape=tuple(shape), dtype=dtype)
         return row
+
+    def list_rows(self) -> list[Row]:
+        """Return the rows that have a save, as they are now."""
+        return [row.reading() for row in self._rows.values() if row.num_by_stage]
 
     def stats(self, held_bytes: int, peak_held_bytes: int) -> Stats:
         """Return the totals as a frozen reading."""
         num_by_stage: dict[str, int] = {}
-        for row in self.rows.values():
+        for row in self._rows.values():
             for stage, num in row.num_by_stage.items():
                 num_by_stage[stage] = num_by_stage.get(stage, 0) + num
         return Stats(
-            saved_bytes=sum(row.saved_bytes for row in self.rows.values()),
+            saved_bytes=sum(row.saved_bytes for row in self._rows.values()),
             held_bytes=held_bytes,
             peak_held_bytes=peak_held_bytes,
-            num_saved=sum(row.num_saved for row in self.rows.values()),
+            num_saved=sum(row.num_saved for row in self._rows.values()),
             num_by_stage=MappingProxyType(num_by_stage),
         )

@@ -5,23 +5,24 @@ unpack: Handle -> decode -> lay -> tensor
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import methodcaller
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from offload.codecs import DEFAULT_CODECS
 from offload.codecs.base import Codec
 from offload.distributed import Distributed
+from offload.fast import Packer
 from offload.handle import Handle, Kept
-from offload.ledger import Ledger
-from offload.patience import Line
+from offload.ledger import MOST_LINES, Ledger
+from offload.patience import Line, Patience
 from offload.report import report_text
 from offload.select import Kind, is_parameter, kind_of, plain_storage
 from offload.settle import Settler
@@ -34,9 +35,22 @@ from offload.stats import Counts, Row, Stats
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from offload import _fast
+
 
 _Key = tuple[tuple[int, int], torch.Size, torch.dtype, bool]
 """Saves that are counted together: calling instruction, shape, dtype, and whether they are dense."""
+
+
+class _Seen(NamedTuple):
+    """Where such saves are counted, what is known of their line of code, of reading them, and whether a codec
+    may ask for them.
+    """
+
+    row: Row
+    line: Line
+    reading: Patience
+    is_offered: bool
 
 
 class SavedTensorStore:
@@ -91,38 +105,72 @@ class SavedTensorStore:
         self._is_alone = isinstance(sharding, Local)
         self._sites = Sites()
         self._lines: dict[tuple[tuple[int, int], torch.dtype, bool], Line] = {}
-        self._seen: dict[_Key, tuple[Row, Line]] = {}
+        self._seen: dict[_Key, _Seen] = {}
         self._lock = threading.RLock()
         self._entered = _Entered()
         self._num_entered = 0
+        self._min_bytes = min_bytes
+        self._dedupe = dedupe
+        self._packer: _fast.Packer | None = None
+        """While it is entered: it has the store, and a store goes with its last reference."""
+
+    def _short_way(self) -> "_fast.Packer | None":
+        """Return what packs the saves that are kept without a look at their bytes, if it was compiled."""
+        if Packer is None or not self._dedupe:
+            return None
+        packer = Packer(
+            pack_whole=self._pack,
+            tensor=Tensor,
+            parameter=nn.Parameter,
+            ours=self._sites.ours,
+            seen=self._seen,
+            records=self._settler.storages.records,
+            log=self._ledger.log,
+            offers_append=self._settler.offers.waiting.append,
+            wait_for=self._wait_for,
+            min_bytes=self._min_bytes,
+            most_lines=MOST_LINES,
+        )
+        packer.is_due = not self._is_alone
+        return packer
 
     def __enter__(self) -> "SavedTensorStore":
         # Alone there is nothing to do but open: called hundreds of times a step, with cold caches.
         unpack = methodcaller("open") if self._is_alone else self._unpack
-        hooks = saved_tensors_hooks(self._pack, unpack)
-        hooks.__enter__()
+        hooks = saved_tensors_hooks(self._begin(), unpack)
         try:
-            self._begin()
+            hooks.__enter__()
         except BaseException:
-            hooks.__exit__()
+            self._end()
             raise
         self._entered.hooks.append(hooks)
         return self
 
-    def _begin(self) -> None:
+    def _begin(self) -> Callable[[Tensor], object]:
+        """Begin a step where none is under way; return what packs."""
         with self._lock:
             if self._num_entered == 0:
                 self._settler.begin_step()
-                self._counts = Counts()
-                self._seen.clear()
+                # What the last step saved comes again. What it did not goes: every step may have new shapes.
+                for key in [key for key, seen in self._seen.items() if not seen.row.num_by_stage]:
+                    del self._seen[key]
+                self._counts.begin_step()
+                self._packer = self._short_way()
             self._num_entered += 1
+            return self._packer.pack if self._packer is not None else self._pack
+
+    def _end(self) -> None:
+        with self._lock:
+            self._num_entered -= 1
+            if not self._num_entered:
+                self._packer = None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._entered.hooks.pop().__exit__(kind, error, traceback)
         with self._lock:
-            self._num_entered -= 1
+            self._end()
             if kind is None:
                 self._settler.settle_all()
             else:
@@ -151,7 +199,7 @@ class SavedTensorStore:
         with self._lock:
             self._settler.settle_all()
             self._ledger.book()
-            return list(self._counts.rows.values())
+            return self._counts.list_rows()
 
     def report(self) -> str:
         """Return a table for people: totals, then the lines of code that saved most and what became of it."""
@@ -162,7 +210,7 @@ class SavedTensorStore:
             settler = self._settler
             if not self._is_alone:
                 settler.sharer.begin_pack()
-            if settler.num_pending:
+            if settler.queue.num_saves:
                 settler.settle_returned()
             if is_parameter(tensor):
                 return self._keep(tensor, "parameter")
@@ -172,10 +220,18 @@ class SavedTensorStore:
             # Dense tensors and views of one line are apart: a matrix product saves an input and a transposed
             # weight.
             key = self._sites.calling(), tensor.shape, tensor.dtype, tensor.is_contiguous()
-            row, line = self._seen.get(key) or self._see(key)
-            row.num_saved += 1
-            row.saved_bytes += row.each_bytes
-            return settler.admit(tensor, storage, row=row, line=line)
+            row, line, _, _ = self._seen.get(key) or self._see(key)
+            handle = settler.admit(tensor, storage, row=row, line=line)
+            if self._packer is not None and self._is_alone:
+                self._packer.is_due = settler.queue.is_due
+            return handle
+
+    def _wait_for(self, kept: Kept, row: Row, line: Line) -> None:
+        """Take a late save of the short way."""
+        with self._lock:
+            self._settler.references.wait_for(kept, row=row, line=line)
+            if self._packer is not None:
+                self._packer.is_due = self._settler.queue.is_due
 
     def _pack_apart(self, tensor: Tensor) -> Kept | Distributed:
         """Pack a DTensor, or what has no plain storage."""
@@ -187,17 +243,20 @@ class SavedTensorStore:
         """Pack what no stage touches."""
         shape = torch.Size() if tensor.is_nested else tensor.shape  # a nested tensor has none
         key = self._sites.calling(), shape, tensor.dtype, False
-        row, _ = self._seen.get(key) or self._see(key)
-        row.num_saved += 1
-        row.count(stage)
-        return self._settler.keep(tensor)
+        seen = self._seen.get(key) or self._see(key)
+        seen.row.count(stage)
+        return self._settler.references.keep_apart(tensor)
 
-    def _see(self, key: _Key) -> tuple[Row, Line]:
-        """Return where such saves are counted, and what is known of their line of code."""
+    def _see(self, key: _Key) -> _Seen:
+        """Return what is known of such saves, from now on."""
         site, shape, dtype, is_dense = key
         row = self._counts.row(self._sites.name(site), shape=shape, dtype=dtype)
-        found = self._seen[key] = row, self._lines.setdefault((site, dtype, is_dense), Line())
-        return found
+        line = self._lines.get((site, dtype, is_dense))
+        if line is None:
+            line = self._lines[site, dtype, is_dense] = Line()
+        is_offered = self._settler.has_codecs and dtype.itemsize == 2
+        seen = self._seen[key] = _Seen(row, line, line.reading, is_offered)
+        return seen
 
     def _unpack(self, handle: Handle | Kept | Distributed) -> Tensor:
         if self._settler.sharer.is_open:

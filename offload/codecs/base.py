@@ -104,6 +104,15 @@ class Payload(ABC):
         3). Raises StaleTensorError unless `is_fresh`.
         """
 
+    @property
+    def can_lend(self) -> bool:
+        """Whether the block is there as it is, so that `lend` need not copy it."""
+        return False
+
+    def lend(self) -> Tensor:
+        """Return what `decode` does, to be read only."""
+        return self.decode()
+
 
 class Codec(ABC):
     """A lossless way to hold a block in fewer bytes. Stateless: what codecs share lives in the store's index

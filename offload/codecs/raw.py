@@ -44,3 +44,12 @@ class RawPayload(Payload):
     def decode(self) -> Tensor:
         """Return a copy of the copy: what autograd gets may be written to."""
         return self._flat.read_own()
+
+    @property
+    def can_lend(self) -> bool:
+        """Whether no other rank has it."""
+        return not self._flat.is_shared
+
+    def lend(self) -> Tensor:
+        """Return the copy itself."""
+        return self._flat.lend()

@@ -14,10 +14,18 @@ from offload.codecs.base import Codec
 from offload.codecs.raw import Raw
 from offload.testing import Forced
 
+
+def whole_way(store: SavedTensorStore) -> SavedTensorStore:
+    """Return the store as it is where `offload/_fast.c` was not compiled."""
+    store._short_way = lambda: None  # type: ignore[method-assign]
+    return store
+
+
 CODECS: Sequence[Codec] = (*DEFAULT_CODECS, Raw())
 STORES: Mapping[str, Callable[[], SavedTensorStore]] = {
     "defaults": SavedTensorStore,
     "dedupe": partial(SavedTensorStore, min_bytes=0),
+    "dedupe, whole way": lambda: whole_way(SavedTensorStore(min_bytes=0)),
     "uniquify": partial(SavedTensorStore, min_bytes=0, uniquify=True),
     "copies": partial(SavedTensorStore, min_bytes=0, dedupe=False),
     "encoded copies": partial(SavedTensorStore, min_bytes=0, dedupe=False, uniquify=True),

@@ -30,7 +30,7 @@ def test_a_step_drops_the_records_of_dead_storages_and_a_long_one_drops_them_too
     assert storages.is_counted(record)
     for _ in range(10_000):
         storages.put(entry, torch.randn(4).untyped_storage(), version=0)
-        assert len(storages._records) <= 1024
+        assert len(storages.records) <= 1024
     storages.begin_step()
-    assert list(storages._records.values()) == [record]
+    assert list(storages.records.values()) == [record]
     assert not storages.is_counted(record)

@@ -136,7 +136,7 @@ def test_threads_may_charge_and_end_at_once() -> None:
     assert 5000 <= peak <= 40_000
     left.clear()
     assert ledger.read()[0] == 0
-    assert len(ledger._log) < 2000
+    assert len(ledger.log) < 2000
 
 
 def test_a_step_mends_what_an_interrupt_cut_short() -> None:

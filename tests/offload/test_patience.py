@@ -19,13 +19,13 @@ def test_a_line_that_wins_is_always_read() -> None:
 
 def test_a_line_that_loses_is_read_ever_more_seldom() -> None:
     patience, read = Patience(), []
-    for number in range(800):
+    for number in range(5000):
         if patience.is_worth_trying():
             read.append(number)
             patience.learn(won=False)
     assert read[:8] == list(range(8))
     gaps = [after - before for before, after in pairwise(read[7:])]
-    assert gaps[:6] == [9, 17, 33, 65, 129, 129]
+    assert gaps[:9] == [9, 17, 33, 65, 129, 257, 513, 1025, 1025]
 
 
 def test_one_win_brings_the_line_back() -> None:

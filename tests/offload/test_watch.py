@@ -65,6 +65,32 @@ def test_a_dtensor_that_was_changed_comes_back_as_it_was_saved() -> None:
         dist.destroy_process_group()
 
 
+def test_a_late_dtensor_that_its_counter_saw_written_comes_back_as_it_was_saved() -> None:
+    """Equal bytes are held, and its local tensor, whose counter did not move, is somebody else's too."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh, values = init_device_mesh("cpu", (1,)), torch.randn(64, 64)
+        store, other = SavedTensorStore(), torch.ones(64, 64, requires_grad=True)
+
+        def sigmoid() -> Tensor:
+            return DTensor.from_local(values.clone(), mesh, [Replicate()]).requires_grad_().sigmoid()
+
+        for _ in range(3):
+            with store:
+                losses = [sigmoid().to_local().sum() for _ in range(4)]
+            sum(losses).backward()  # type: ignore[union-attr]
+        with store:
+            equal = values.clone().requires_grad_().sigmoid()
+            saved = sigmoid()
+            product = (saved._local_tensor * other).sum()  # type: ignore[attr-defined]
+        with torch.no_grad():
+            saved.mul_(0)
+        assert torch.equal(saved.grad_fn._saved_result.to_local(), values.sigmoid())  # type: ignore[union-attr]
+        del equal, product
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the mode looks at it
 @pytest.mark.parametrize("is_dropped", [False, True])
 def test_backward_under_a_fake_mode(is_dropped: bool) -> None:
