@@ -21,6 +21,7 @@ from integrations.evaluate import held_out_loss
 from integrations.loss import Loss, num_targets, summed_loss
 from integrations.optimizer import MasterAdamW, cosine_factor
 from integrations.parallel import Parallel
+from integrations.ranks import Ranks
 from offload import SavedTensorStore
 
 _MAX_NORM = 1.0
@@ -194,10 +195,11 @@ def train(
         notes: written into each checkpoint beside the training's state; the largest step is noted in it.
 
     Raises:
-        InterruptedRunError: Ctrl-C or SIGTERM came; the step was finished and a checkpoint written.
+        InterruptedRunError: Ctrl-C or SIGTERM came, here or on another rank; the step was finished and a
+            checkpoint written. Where there are other ranks, further signals are ignored from then on.
     """
     ranks = training.ranks
-    with _signals() as seen, _bar(num_steps, training.num_done, is_shown=ranks.is_first) as bar:
+    with _signals(ranks) as seen, _bar(num_steps, training.num_done, is_shown=ranks.is_first) as bar:
         while True:
             if signalled := ranks.largest(seen[0] if seen else 0):
                 checkpoints.save({**training.state_dict(), "notes": notes}, step=training.num_done)
@@ -233,7 +235,7 @@ def _bar(num_steps: int, num_done: int, *, is_shown: bool) -> tqdm[NoReturn]:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def _signals(ranks: Ranks) -> Iterator[list[int]]:
     seen: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:
@@ -244,6 +246,12 @@ def _signals() -> Iterator[list[int]]:
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield seen
+    except InterruptedRunError:
+        if ranks.num_ranks > 1:
+            # All ranks stop for the signal of the first that got one. One's own may be late, and who started
+            # them sends another when it sees the first rank end: this one would be gone before it said why.
+            previous = dict.fromkeys(previous, signal.SIG_IGN)
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
