@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = options.run(options)
     except InterruptedRunError as error:
-        return _fail(error, exit_code=error.exit_code)
+        return _fail(error, exit_code=error.exit_code) if _is_first_rank() else error.exit_code
     except ModuleNotFoundError as error:
         if error.name not in _EXTRA:
             raise
@@ -40,13 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error)
     except KeyboardInterrupt:
         return _fail("interrupted", exit_code=130)
-    if os.environ.get("RANK", "0") == "0":  # the others of a torchrun job have the same result
+    if _is_first_rank():
         print(json.dumps(result) if options.json else options.show(result))
     return 0
 
 
+def _is_first_rank() -> bool:
+    """Whether this process speaks for all of a torchrun job, where all have the same to say."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _fail(message: object, *, exit_code: int = 1) -> int:
-    print("edkm: error:", " ".join(str(message).split()), file=sys.stderr)
+    # One write: what several ranks say at once would stand within each other's lines.
+    sys.stderr.write(f"edkm: error: {' '.join(str(message).split())}\n")
     return exit_code
 
 
