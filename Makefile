@@ -26,9 +26,9 @@ bench: $(STAMP)
 	$(BIN)/python -m pytest bench --benchmark-only
 
 clean:
-	rm -rf .venv build dist offload/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf .venv build dist offload/*.so offload/*/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 
-$(STAMP): pyproject.toml constraints.txt offload/_fast.c
+$(STAMP): pyproject.toml constraints.txt $(wildcard offload/*.[ch] offload/*/*.c)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "edkm needs Python 3.11 or newer, $(PYTHON) is older: name another with make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv

@@ -5,24 +5,11 @@
  * Between two operators the caches are theirs, and the same steps in Python take three times as long.
  */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <structmember.h>
+#include "_fast.h"
 
 static PyObject *name_base, *name_version, *name_data_ptr, *name_detach, *name_dtype, *name_is_contiguous,
     *name_is_late, *name_is_nested, *name_is_quantized, *name_is_reference, *name_nbytes, *name_num_to_skip,
     *name_open, *name_shape, *name_untyped_storage;
-
-/* Return an int attribute, or what a method without arguments returns, as a number; -1 with an error set. */
-static Py_ssize_t number_of(PyObject *owner, PyObject *name, int is_method)
-{
-    PyObject *number = is_method ? PyObject_CallMethodNoArgs(owner, name) : PyObject_GetAttr(owner, name);
-    if (number == NULL)
-        return -1;
-    Py_ssize_t value = PyLong_AsSsize_t(number);
-    Py_DECREF(number);
-    return value;
-}
 
 /* Whether a flag is set; -1 and an error where it cannot be had. */
 static int is_true(PyObject *owner, PyObject *name)
@@ -31,45 +18,6 @@ static int is_true(PyObject *owner, PyObject *name)
     Py_XDECREF(flag);
     return flag == NULL ? -1 : flag == Py_True;
 }
-
-/* ---- Claim: offload.ledger.Claim, for a holder that notes its end by itself ---- */
-
-typedef struct {
-    PyObject_HEAD
-    Py_ssize_t key, num_bytes, added_bytes;
-    PyObject *row;
-    int is_ended;
-} Claim;
-
-static void claim_dealloc(Claim *self)
-{
-    Py_XDECREF(self->row);
-    PyObject_Free(self);
-}
-
-static PyObject *claim_call(Claim *self, PyObject *args, PyObject *kwargs)
-{
-    return Py_NewRef(self->is_ended ? Py_None : (PyObject *)self);
-}
-
-static PyMemberDef claim_members[] = {
-    {"key", T_PYSSIZET, offsetof(Claim, key), READONLY, "identity of the storage"},
-    {"num_bytes", T_PYSSIZET, offsetof(Claim, num_bytes), READONLY, "bytes of the storage"},
-    {"storage_bytes", T_PYSSIZET, offsetof(Claim, num_bytes), READONLY, "the same"},
-    {"added_bytes", T_PYSSIZET, offsetof(Claim, added_bytes), 0, "bytes that came to be held, once booked"},
-    {"row", T_OBJECT, offsetof(Claim, row), READONLY, "where the save is counted"},
-    {NULL},
-};
-
-static PyTypeObject ClaimType = {
-    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "offload._fast.Claim",
-    .tp_doc = "That a storage is held; called, it returns None once its holder has ended.",
-    .tp_basicsize = sizeof(Claim),
-    .tp_dealloc = (destructor)claim_dealloc,
-    .tp_call = (ternaryfunc)claim_call,
-    .tp_members = claim_members,
-    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-};
 
 /* ---- Kept: offload.handle.Kept ---- */
 
@@ -92,7 +40,6 @@ static void kept_dealloc(Kept *self)
         PyObject_ClearWeakRefs((PyObject *)self);
     if (self->claim != NULL) {
         /* Before the alias goes: its storage's identity may come back with another one. */
-        self->claim->is_ended = 1;
         PyObject *none = PyObject_CallOneArg(self->log_append, (PyObject *)self->claim);
         if (none == NULL)
             PyErr_WriteUnraisable(self->log_append); /* `self` has no references left to lend */
@@ -173,8 +120,6 @@ static PyObject *kept_hold(Kept *self, PyObject *handle)
         return NULL;
     }
     self->handle = Py_NewRef(handle);
-    if (self->claim != NULL)
-        self->claim->is_ended = 1;
     Py_CLEAR(self->claim);
     Py_CLEAR(self->alias);
     Py_RETURN_NONE;
@@ -433,7 +378,7 @@ static Claim *claim_storage(Packer *self, PyObject *tensor, PyObject *seen)
             claim->num_bytes = num_bytes;
             claim->added_bytes = 0;
             claim->row = look == LATE ? NULL : Py_NewRef(PyTuple_GET_ITEM(seen, 0)); /* counted later */
-            claim->is_ended = 0;
+            claim->is_booked = 0;
         }
     }
     Py_DECREF(storage);
@@ -537,11 +482,11 @@ static int intern_names(void)
 
 PyMODINIT_FUNC PyInit__fast(void)
 {
-    if (intern_names() < 0 || PyType_Ready(&ClaimType) < 0 || PyType_Ready(&KeptType) < 0 ||
-        PyType_Ready(&PackerType) < 0)
+    if (intern_names() < 0 || ready_books() < 0 || PyType_Ready(&KeptType) < 0 || PyType_Ready(&PackerType) < 0)
         return NULL;
     PyObject *made = PyModule_Create(&module);
-    if (made != NULL && PyModule_AddObjectRef(made, "Packer", (PyObject *)&PackerType) < 0)
+    if (made != NULL && (PyModule_AddObjectRef(made, "Packer", (PyObject *)&PackerType) < 0 ||
+                         PyModule_AddObjectRef(made, "Books", (PyObject *)&BooksType) < 0))
         Py_CLEAR(made);
     return made;
 }

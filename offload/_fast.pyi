@@ -4,6 +4,17 @@ from typing import Any
 
 from torch import Tensor
 
+class Books:
+    held: dict[int, Any]
+    living: dict[int, Any]
+    held_bytes: int
+    peak_bytes: int
+    storage_bytes: int
+    charged_bytes: int
+    def __init__(self, log: deque[Any], *, row: type) -> None: ...
+    def begin_step(self) -> None: ...
+    def book(self) -> None: ...
+
 class Packer:
     is_due: bool
     def __init__(

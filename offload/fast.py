@@ -1,14 +1,15 @@
-"""The short way of a save by reference, `offload/_fast.c`, where a C compiler was there to install it; None
-where not. It changes no result, only the time of a save.
+"""The short way of a save by reference, and its booking: `_fast.c` and `_books.c`; None where there was no C
+compiler to install them. They change no result, only the time of a save.
 """
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from offload._fast import Packer as _Packer
+    from offload import _fast
 
-Packer: "type[_Packer] | None"
+Books: "type[_fast.Books] | None"
+Packer: "type[_fast.Packer] | None"
 try:
-    from offload._fast import Packer
+    from offload._fast import Books, Packer
 except ImportError:
-    Packer = None
+    Books = Packer = None

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from offload.books import Claim
 from offload.codecs.base import Payload
 from offload.errors import RankMismatchError, StaleTensorError
 from offload.layout import Layout, lay, lay_bytes, lay_on
-from offload.ledger import Charge, Claim, Ledger
+from offload.ledger import Charge, Ledger
 from offload.part import Part
 from offload.patience import Line
 from offload.reader import only_reads
@@ -109,19 +110,24 @@ class Reference(Content):
 class Encoded(Content):
     """Bytes of the store's own, as `block_of` took them. Owns payload and charge."""
 
-    __slots__ = ("__weakref__", "_charge", "_payload", "_start")
+    __slots__ = ("__weakref__", "_charge", "_payload", "_start", "lent")
     _charge: Charge | None
 
     def __init__(self, payload: Payload, *, start: int | None, charge: Charge | None) -> None:
         self._payload = payload
         self._start = start
         self._charge = charge
+        self.lent: tuple[Layout, Tensor] | None = None
+        """A tensor on the storage of the payload, with its layout, for those that only read."""
 
     def open(self, layout: Layout, saver: int) -> Tensor:
         """Decode the payload and lay the tensor on it."""
         payload = self._payload
-        decoded = payload.lend() if payload.can_lend and only_reads() else payload.decode()
-        return lay_bytes(layout, decoded, start=self._start)
+        if not payload.can_lend or not only_reads():
+            return lay_bytes(layout, payload.decode(), start=self._start)
+        if self.lent is not None and self.lent[0] == layout:
+            return self.lent[1]
+        return lay_bytes(layout, payload.lend(), start=self._start)
 
     @property
     def is_fresh(self) -> bool:
@@ -135,6 +141,7 @@ class Encoded(Content):
 
     def recharge(self, ledger: Ledger) -> None:
         """Charge anew after parts came to be shared, or shared with more ranks."""
+        self.lent = None
         self._charge = None  # first: its key is the identity of a storage that may be gone
         self._charge = ledger.charge(self._payload.num_bytes)
 

@@ -51,15 +51,16 @@ class Line:
 
     `reading` is for their bytes at all: saves that are not read are kept by reference, as plain autograd
     does. `encoding` is for the codecs, and `codec` the name of the one that won last; `others` is for asking
-    those that might win more than that one. `is_shared` says whether other ranks held the last save too,
-    `is_sole` whether nobody else had its storage once its operator had returned, and `is_late` whether the
-    next one is looked at only then.
+    those that might win more than that one, and `matching` for hashing what it is sure to win. `is_shared`
+    says whether other ranks held the last save too, `is_sole` whether nobody else had its storage once its
+    operator had returned, and `is_late` whether the next one is looked at only then.
     """
 
-    __slots__ = ("codec", "encoding", "is_late", "is_shared", "is_sole", "others", "reading")
+    __slots__ = ("codec", "encoding", "is_late", "is_shared", "is_sole", "matching", "others", "reading")
 
     def __init__(self) -> None:
         self.reading = Patience()
+        self.matching = Patience()
         self.encoding = Patience()
         self.others = Patience()
         self.codec: str | None = None

@@ -5,9 +5,9 @@ import weakref
 from collections import deque
 from typing import NamedTuple
 
+from offload.books import Claim
 from offload.handle import Entry, Kept
 from offload.layout import Layout
-from offload.ledger import Claim
 from offload.patience import Line
 from offload.stats import Row
 

@@ -195,11 +195,14 @@ class Settler:
         source = reference.source
         # What nobody else has keeps its bytes, which plain autograd would read: no earlier hash is needed.
         entry.line.is_sole = reference.seal()
+        if entry.line.is_sole and self._is_all_its_own(entry.line):
+            return self._encode_unread(entry, reference, layout)
         if entry.line.is_sole:
             entry.digest = digest_of(source)
         if entry.digest is None:
             return "reference"
         stage, content = self._own_bytes(entry.digest, source, layout, entry.line)
+        entry.line.matching.learn(won=stage == "content")
         if content is not None and not reference.is_sealed and digest_of(source) != entry.digest:
             entry.follows, content = True, None
         if self._dedupe and stage != "content" and not entry.follows:
@@ -208,6 +211,20 @@ class Settler:
             return "reference"
         entry.own(content, watch=reference.watch(entry.digest))
         return stage
+
+    def _is_all_its_own(self, line: Line) -> bool:
+        """Whether a codec is sure to win on a save of the line, and no other save is likely to be equal."""
+        return line.codec is not None and line.encoding.is_winning and not line.matching.is_worth_trying()
+
+    def _encode_unread(self, entry: Entry, reference: Reference, layout: Layout) -> str:
+        """Encode what nobody else has, without a hash by which to find it."""
+        encoded = self._encode(reference.source, layout, entry.line)
+        if encoded is not None:
+            entry.own(encoded[1], watch=None)
+            if reference.is_sealed:
+                return encoded[0]
+            entry.own(reference, watch=None)  # another thread got the storage meanwhile
+        return "reference"
 
     def _own_bytes(
         self, digest: bytes, source: Tensor, layout: Layout, line: Line
@@ -227,7 +244,8 @@ class Settler:
         """
         known = self._contents.find(digest, source)
         if known is not None:
-            known.line.reading.learn(won=True)  # a line that finds nothing is worth reading to be found
+            for patience in (known.line.reading, known.line.matching):
+                patience.learn(won=True)  # a line that finds nothing is worth reading to be found
         if known is not None and isinstance(known.content, Encoded):
             return known.content if known.content.is_fresh else None
         if known is None or not isinstance(known.content, Reference):
@@ -276,5 +294,7 @@ class Settler:
         """Return the storage of a reference as a payload, which nobody else has; `digest` is that of its
         bytes, where it is known.
         """
-        payload = RawPayload(flat_of(reference.source), digest=digest)
-        return Encoded(payload, start=0, charge=reference.charge)
+        source = reference.source
+        taken = Encoded(RawPayload(flat_of(source), digest=digest), start=0, charge=reference.charge)
+        taken.lent = (lift(source)[0], source) if type(source) is Tensor else None
+        return taken

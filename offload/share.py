@@ -100,7 +100,7 @@ class Sharer:
 
     def add(self, entry: Entry, *, layout: Layout, row: Row, stage: str) -> None:
         """Take an entry that has settled as `stage`, and tell the other ranks."""
-        if stage == "content" or entry.follows or entry.digest is None or not self._sharding.is_joined:
+        if stage == "content" or entry.follows or not self._sharding.is_joined:
             return
         digests = []
         if isinstance(entry.content, Encoded):
@@ -108,7 +108,7 @@ class Sharer:
             digests = [
                 part.digest for part in entry.content.parts if _is_worth_sharing(part) and part.is_near
             ]
-        elif isinstance(entry.content, Reference) and _is_near(entry.content.source):
+        elif isinstance(entry.content, Reference) and entry.digest and _is_near(entry.content.source):
             digests = [entry.digest]
         for digest in digests:
             self._sharding.announce(digest)

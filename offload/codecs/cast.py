@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from offload.codecs.base import Block, Codec, Payload
+from offload.codecs.halves import upper_halves
 from offload.codecs.index_list import IndexLists
 from offload.part import Part
 from offload.same import same_bytes
@@ -92,5 +93,8 @@ def _cast(lanes: Tensor, wide: torch.dtype, narrow: torch.dtype) -> Tensor | Non
     """
     if lanes.element_size() != wide.itemsize:
         lanes = lanes.view(_INTEGERS[wide.itemsize])
+    if narrow == torch.bfloat16 and upper_halves is not None and lanes.device.type == "cpu":
+        small = torch.empty(lanes.shape, dtype=narrow)
+        return small if upper_halves(lanes.data_ptr(), small.data_ptr(), small.numel()) else None
     small = lanes.view(wide).to(narrow)
     return small if same_bytes(small.to(wide).view(lanes.dtype), lanes) else None

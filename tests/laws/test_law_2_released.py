@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from offload import SavedTensorStore
+from offload.books import Claim
 from offload.codecs.base import Payload
 from offload.codecs.index_list import IndexList
 from offload.codecs.key import Key
 from offload.handle import Content, Entry, Handle
-from offload.ledger import Charge, Claim
+from offload.ledger import Charge
 from tests.laws.graphs import GRAPHS
 from tests.laws.settings import no_gc
 

@@ -37,7 +37,7 @@ class Block(nn.Module):
 STORES: Mapping[str, Callable[[], SavedTensorStore]] = {
     "dedupe": SavedTensorStore,
     "everything": lambda: SavedTensorStore(min_bytes=0, uniquify=True),
-    "copies": lambda: SavedTensorStore(dedupe=False),
+    "copies": lambda: SavedTensorStore(dedupe=False, min_bytes=4096),
 }
 
 
@@ -74,7 +74,7 @@ def sine(store: SavedTensorStore, x: Tensor, *, times: int = 1) -> Tensor:
 
 def known(x: Tensor) -> SavedTensorStore:
     """Return a store that knows the line of `sine` for winning nothing."""
-    store = SavedTensorStore()
+    store = SavedTensorStore(min_bytes=4096)
     for _ in range(SAVES_OF_A_LINE):
         sine(store, torch.randn_like(x, requires_grad=True))
     return store
@@ -91,7 +91,7 @@ def pack(store: SavedTensorStore, x: Tensor) -> Any:
 
 def test_the_short_way_is_taken_and_a_change_in_place_refused() -> None:
     x = torch.randn(64, 64)
-    with SavedTensorStore() as store:
+    with SavedTensorStore(min_bytes=4096) as store:
         packed = pack(store, x)
         assert type(packed).__module__ == "offload._fast"
         assert packed.is_reference
@@ -103,7 +103,7 @@ def test_the_short_way_is_taken_and_a_change_in_place_refused() -> None:
 
 def test_a_storage_that_lost_its_bytes_is_refused() -> None:
     x = torch.randn(64, 64)
-    with SavedTensorStore() as store:
+    with SavedTensorStore(min_bytes=4096) as store:
         packed = pack(store, x)
     assert type(packed).__module__ == "offload._fast"
     x.untyped_storage().resize_(0)
@@ -189,7 +189,7 @@ def test_what_shows_no_plain_storage_goes_the_whole_way(make: Callable[[], Tenso
 
 
 def test_eight_threads_in_one_store() -> None:
-    store = SavedTensorStore()
+    store = SavedTensorStore(min_bytes=4096)
     results: dict[int, bytes] = {}
 
     def mine(number: int) -> Tensor:

@@ -1,5 +1,7 @@
 """Lines whose saves are nobody else's are looked at once their operators have returned, and hashed once."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -183,3 +185,65 @@ def test_a_later_save_of_a_late_one_that_somebody_has_joins_it(store: SavedTenso
     assert store.stats.held_bytes == 2 * 64 * 48 * 4
     z.sum().backward()
     assert torch.equal(x.grad, 2 * torch.linspace(0.0, 1.0, 64 * 48).view(64, 48))  # type: ignore[arg-type]
+
+
+def rounded() -> Tensor:
+    """Return what the cast codec always wins on, and is equal to nothing else."""
+    return torch.randn(64, 48).bfloat16().float()
+
+
+def test_what_a_codec_always_wins_and_nobody_finds_is_not_hashed(hashes: list[int]) -> None:
+    store, num_hashes = SavedTensorStore(min_bytes=0, uniquify=True), list[int]()
+    for _ in range(20):
+        hashes.clear()
+        x, factor = leaf(), rounded()
+        wanted = factor.clone()
+        with store:
+            y = x * factor
+            del factor
+        assert store.stats.num_by_stage == {"cast": 1}
+        y.sum().backward()
+        assert torch.equal(x.grad, wanted)  # type: ignore[arg-type]
+        assert store.stats.held_bytes == 0
+        num_hashes.append(len(hashes))
+    # Nobody else's from the ninth on; tried once more at the seventeenth.
+    assert num_hashes == [2] * 8 + [1] + [0] * 7 + [1] + [0] * 3
+
+
+def test_equal_ones_that_come_later_are_found_again() -> None:
+    store, stages = SavedTensorStore(min_bytes=0, uniquify=True), list[dict[str, int]]()
+    for number in range(80):
+        x, first = leaf(), rounded()
+        second = first.clone() if number >= 20 else rounded()
+        with store:
+            y = x * first
+            del first
+            y = y + x * second
+            del second
+        stages.append(dict(store.stats.num_by_stage))
+        y.sum().backward()
+    assert stages[19] == {"cast": 2}
+    assert stages[-1] == {"cast": 1, "content": 1}
+
+
+def test_a_reader_meanwhile_keeps_an_unread_one_by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, encode, readers = SavedTensorStore(min_bytes=0, uniquify=True), settle.encode_best, list[Tensor]()
+    nodes: list[Any] = []
+
+    def read_meanwhile(*args: Any, **options: Any) -> Any:
+        readers.extend(node._saved_other for node in nodes)
+        return encode(*args, **options)
+
+    monkeypatch.setattr(settle, "encode_best", read_meanwhile)
+    for number in range(13):
+        x, factor = leaf(), rounded()
+        with store:
+            y = x * factor
+            del factor
+            if number == 12:
+                nodes.append(y.grad_fn)
+    assert store.stats.num_by_stage == {"reference": 1}
+    readers.pop().data.fill_(3.0)
+    y.sum().backward()
+    assert x.grad is not None
+    assert bool((x.grad == 3).all())  # as plain autograd reads it

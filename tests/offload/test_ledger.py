@@ -8,12 +8,20 @@ from collections.abc import Callable
 from linecache import getline
 from types import FrameType
 
+import pytest
 import torch
 
+from offload import fast
 from offload.ledger import Charge, Ledger
 from offload.stats import Row
 
 SEED = torch.randint(1 << 30, ()).item()
+
+
+@pytest.fixture(autouse=True, params=[fast.Books, None] if fast.Books is not None else [None])
+def books(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each test with the books in Python, and with the compiled ones where there are some."""
+    monkeypatch.setattr(fast, "Books", request.param)
 
 
 class Holder:
@@ -76,8 +84,8 @@ def test_a_key_that_comes_back_is_something_new() -> None:
         hold(ledger, 1, num_bytes=num_bytes)
     assert ledger.read() == (0, 499)
     assert ledger.storage_bytes == 499 * 500 // 2
-    assert not ledger._living
-    assert not ledger._held
+    assert not ledger._books.living
+    assert not ledger._books.held
 
 
 def test_storages_are_counted_once_a_step_and_rows_count_every_save() -> None:
@@ -93,7 +101,10 @@ def test_storages_are_counted_once_a_step_and_rows_count_every_save() -> None:
     assert charges == 12
 
 
-def test_a_reading_from_inside_the_collector_changes_nothing() -> None:
+def test_a_reading_from_inside_the_collector_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fast, "Books", None)  # no collector runs inside the compiled ones
     ledger = Ledger()
     inner: list[tuple[int, int]] = []
 
@@ -141,7 +152,7 @@ def test_threads_may_charge_and_end_at_once() -> None:
 
 def test_a_step_mends_what_an_interrupt_cut_short() -> None:
     """Of any line, wherever it stood."""
-    for number in range(90):
+    for number in range(110):
         ledger, charges = Ledger(), []
         interrupt = interrupting(number)
         sys.settrace(interrupt)
@@ -169,7 +180,7 @@ def interrupting(number: int) -> Callable[..., object]:
     left = [number]
 
     def trace(frame: FrameType, event: str, _: object) -> object:
-        if not frame.f_code.co_filename.endswith("ledger.py"):
+        if not frame.f_code.co_filename.endswith(("ledger.py", "books.py")):
             return None
         if event == "line" and "_is_booking = False" not in getline(frame.f_code.co_filename, frame.f_lineno):
             left[0] -= 1

@@ -44,7 +44,7 @@ def save(store: SavedTensorStore, tensor: Tensor) -> Tensor:
 
 
 def test_a_store_learns_over_steps_and_finds_what_comes_to_be_worth_it() -> None:
-    store = SavedTensorStore(uniquify=True)
+    store = SavedTensorStore(uniquify=True, min_bytes=4096)
     losing = [save(store, torch.randn(2048)) for _ in range(30)]
     assert store.stats.num_by_stage == {"reference": 1}
     stages: list[str] = []
@@ -57,7 +57,7 @@ def test_a_store_learns_over_steps_and_finds_what_comes_to_be_worth_it() -> None
 
 @pytest.mark.parametrize("dedupe", [True, False])
 def test_what_is_not_read_is_right(dedupe: bool) -> None:
-    store = SavedTensorStore(uniquify=True, dedupe=dedupe)
+    store = SavedTensorStore(uniquify=True, dedupe=dedupe, min_bytes=4096)
     for _ in range(50):
         tensor = torch.randn(2048)
         weight = torch.randn(2048, requires_grad=True)
@@ -71,7 +71,7 @@ def test_what_is_not_read_is_right(dedupe: bool) -> None:
 
 
 def test_content_keeps_being_found_in_a_long_run() -> None:
-    store = SavedTensorStore()
+    store = SavedTensorStore(min_bytes=4096)
     weights = [torch.randn(2048, requires_grad=True) for _ in range(3)]
     for _ in range(60):
         first, second = (hidden := torch.randn(2048)).clone(), hidden.clone()

@@ -49,7 +49,7 @@ def equal_products(store: SavedTensorStore, weight: Tensor) -> Tensor:
 
 def test_products_of_equal_inputs_copy_none(copies: list[int]) -> None:
     weight = torch.randn(64, 64, requires_grad=True)
-    store = SavedTensorStore()
+    store = SavedTensorStore(min_bytes=4096)
     y = equal_products(store, weight)
     assert store.stats.num_by_stage["content"] == 2
     y.square().sum().backward()
@@ -62,7 +62,7 @@ def test_products_of_equal_inputs_copy_none(copies: list[int]) -> None:
 
 def test_who_looks_from_outside_gets_a_copy(copies: list[int]) -> None:
     weight = torch.randn(64, 64, requires_grad=True)
-    y = equal_products(SavedTensorStore(), weight)
+    y = equal_products(SavedTensorStore(min_bytes=4096), weight)
     y.sum().backward(retain_graph=True)
     before, weight.grad = weight.grad, None
     node = y.grad_fn.next_functions[1][0]  # type: ignore[union-attr]
@@ -75,7 +75,7 @@ def test_who_looks_from_outside_gets_a_copy(copies: list[int]) -> None:
 def test_a_backward_that_writes_to_what_it_saved_spoils_no_equal_tensor(copies: list[int]) -> None:
     x = torch.randn(64, 64, requires_grad=True)
     factor = torch.randn(64, 64)
-    store = SavedTensorStore()
+    store = SavedTensorStore(min_bytes=4096)
     with store:
         y = Writes.apply(x, factor.clone()) + x * factor.clone() + Writes.apply(x, factor.clone())
     assert store.stats.num_by_stage == {"reference": 1, "content": 2}
@@ -87,7 +87,7 @@ def test_a_backward_that_writes_to_what_it_saved_spoils_no_equal_tensor(copies: 
 def test_with_a_graph_of_the_backward_readers_get_copies(copies: list[int]) -> None:
     x = torch.randn(64, 64, requires_grad=True)
     factor = torch.randn(64, 64)
-    with SavedTensorStore():
+    with SavedTensorStore(min_bytes=4096):
         y = x.square() * factor.clone() + x * factor.clone() + x * factor.clone()
     (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     assert copies
@@ -111,10 +111,37 @@ class Looks(TorchDispatchMode):
 
 def test_a_mode_that_looks_while_a_product_runs_gets_a_copy() -> None:
     weight = torch.randn(64, 64, requires_grad=True)
-    y = equal_products(SavedTensorStore(), weight)
+    y = equal_products(SavedTensorStore(min_bytes=4096), weight)
     y.sum().backward(retain_graph=True)
     before, weight.grad = weight.grad, None
     loss = y.sum()
     with Looks(y.grad_fn.next_functions[1][0]):  # type: ignore[union-attr]
         loss.backward()
     assert torch.equal(weight.grad, before)  # type: ignore[arg-type]
+
+
+def test_views_of_what_is_lent_come_back_as_they_were() -> None:
+    """Equal storages, saved with other shapes and strides than the first."""
+    x = torch.linspace(-1, 1, 64 * 64).view(64, 64)
+    weights = [torch.randn(64, 64, requires_grad=True) for _ in range(4)]
+    store = SavedTensorStore(min_bytes=4096)
+
+    def loss() -> Tensor:
+        views = [x.clone(), x.clone(), x.clone().t(), x.clone()[:32]]
+        return (
+            sum(view @ weight for view, weight in zip(views[:3], weights, strict=False)).square().sum()
+            + (  # type: ignore[union-attr]
+                views[3] @ weights[3]
+            ).sum()
+        )
+
+    for _ in range(3):
+        wanted = torch.autograd.grad(loss(), weights)
+        with store:
+            saved = loss()
+        assert store.stats.num_by_stage["content"] == 3
+        for _ in range(2):
+            found = torch.autograd.grad(saved, weights, retain_graph=True)
+            assert all(map(torch.equal, found, wanted))
+        del saved
+        assert store.stats.held_bytes == 0

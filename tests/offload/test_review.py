@@ -14,7 +14,7 @@ from offload.codecs.raw import Raw
 def test_a_subnormal_does_not_depend_on_the_readers_float_mode() -> None:
     weight = torch.ones(4096, dtype=torch.float64, requires_grad=True)
     tensor = (torch.rand(4096) * 1e-39).double()
-    with SavedTensorStore(uniquify=True):
+    with SavedTensorStore(uniquify=True, min_bytes=4096):
         product = weight * tensor
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormals")
@@ -37,7 +37,7 @@ def test_a_thread_without_python_frames_may_save() -> None:
         return torch.jit.wait(torch.jit.fork(square, x))
 
     x = torch.randn(64, 64, requires_grad=True)
-    with SavedTensorStore():
+    with SavedTensorStore(min_bytes=4096):
         y = forked(x)
     y.sum().backward()
     assert x.grad is not None
@@ -47,7 +47,7 @@ def test_a_thread_without_python_frames_may_save() -> None:
 def test_a_view_of_no_width_is_saved_beside_an_index_list() -> None:
     x, weight = torch.randint(0, 3, (64, 64)).float(), torch.randn(64, 64, requires_grad=True)
     empty, other = torch.randn(64, 64)[:, :0], torch.randn(64, 0, requires_grad=True)
-    with SavedTensorStore(uniquify=True, dedupe=False):
+    with SavedTensorStore(uniquify=True, dedupe=False, min_bytes=4096):
         product, nothing = x * weight, empty * other
     (product.sum() + nothing.sum()).backward()
     assert weight.grad is not None
@@ -86,7 +86,7 @@ def test_a_storage_shrunk_before_the_save_is_left_as_it_is(left_bytes: int, opti
 
 def test_a_mode_entered_after_the_save_has_no_part_in_settling() -> None:
     weight, mask = torch.randn(4096, requires_grad=True), torch.ones(4096)
-    store = SavedTensorStore(uniquify=True)
+    store = SavedTensorStore(uniquify=True, min_bytes=4096)
     with store:
         product = weight * mask
         with FakeTensorMode():
@@ -115,7 +115,7 @@ class Failing(Codec):
 
 
 def test_a_codec_that_fails_leaves_a_store_that_works() -> None:
-    store = SavedTensorStore(uniquify=[Failing()])
+    store = SavedTensorStore(uniquify=[Failing()], min_bytes=4096)
     weight, tensors = torch.ones(4096, requires_grad=True), torch.randn(5, 4096).unbind()
     tensors = [tensor.clone() for tensor in tensors]
     with pytest.raises(RuntimeError, match="no memory for a table"), store:

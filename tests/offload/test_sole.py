@@ -85,7 +85,7 @@ def pair(factor: Tensor, *, around: SavedTensorStore) -> tuple[Tensor, Tensor, T
 
 
 def test_equal_bytes_that_nobody_else_has_are_not_copied() -> None:
-    factor, store = torch.randn(64, 33), SavedTensorStore()
+    factor, store = torch.randn(64, 33), SavedTensorStore(min_bytes=4096)
     x, first, second = pair(factor, around=store)
     stats = store.stats
     assert (stats.held_bytes, stats.peak_held_bytes) == (factor.nbytes, 2 * factor.nbytes)
@@ -99,7 +99,7 @@ def test_equal_bytes_that_nobody_else_has_are_not_copied() -> None:
 
 def test_what_a_reader_writes_is_not_read_by_the_other() -> None:
     factor = torch.randn(64, 33)
-    x, first, second = pair(factor, around=SavedTensorStore())
+    x, first, second = pair(factor, around=SavedTensorStore(min_bytes=4096))
     for write in (lambda x: x.add_(1), lambda x: x.data.add_(1)):
         for output in (first, second, first):
             [gradient] = torch.autograd.grad(output.sum(), x, retain_graph=True)
@@ -108,7 +108,11 @@ def test_what_a_reader_writes_is_not_read_by_the_other() -> None:
 
 
 def test_what_somebody_else_has_is_copied_first() -> None:
-    x, factor, store = torch.randn(64, 33, requires_grad=True), torch.randn(64, 33), SavedTensorStore()
+    x, factor, store = (
+        torch.randn(64, 33, requires_grad=True),
+        torch.randn(64, 33),
+        SavedTensorStore(min_bytes=4096),
+    )
     twin = factor.clone()
     with store:
         output = x * factor + x * twin
@@ -121,7 +125,7 @@ def test_what_somebody_else_has_is_copied_first() -> None:
 
 
 def test_what_unpack_handed_out_is_somebody_elses() -> None:
-    x, store = torch.ones(4096, requires_grad=True), SavedTensorStore()
+    x, store = torch.ones(4096, requires_grad=True), SavedTensorStore(min_bytes=4096)
     with store:
         first = x * torch.full((4096,), 2.0)
         assert store.stats.num_saved == 1  # settled
@@ -148,7 +152,7 @@ def test_a_backward_that_writes_to_what_it_read_while_another_thread_saves_the_s
             saved.wait(5)
             return x.mul_(3).mul_(gradient), None
 
-    store = SavedTensorStore()
+    store = SavedTensorStore(min_bytes=4096)
     weight, other = (torch.ones(4096, requires_grad=True) for _ in range(2))
     with store:
         output = Reused.apply(weight, torch.full((4096,), 2.0))
@@ -165,7 +169,7 @@ def test_a_backward_that_writes_to_what_it_read_while_another_thread_saves_the_s
 
 
 def test_storages_of_an_earlier_step_are_not_counted() -> None:
-    x, store = torch.ones(4096, requires_grad=True), SavedTensorStore()
+    x, store = torch.ones(4096, requires_grad=True), SavedTensorStore(min_bytes=4096)
     outputs = []
     for _ in range(2):
         with store:

@@ -43,7 +43,7 @@ def test_errors_are_runtime_errors_and_the_stale_one_names_what_it_saw() -> None
     assert issubclass(StaleTensorError, StoreError)
     assert issubclass(StoreError, RuntimeError)
     x, weight = torch.randn(64, 48), torch.ones(48, 64, requires_grad=True)
-    with SavedTensorStore():
+    with SavedTensorStore(min_bytes=4096):
         y = weight * x.t()
     x.add_(1).mul_(2)
     with pytest.raises(StaleTensorError) as refused:
@@ -56,7 +56,7 @@ def test_errors_are_runtime_errors_and_the_stale_one_names_what_it_saw() -> None
 
 def test_the_figures_of_one_step() -> None:
     x, weight = torch.randn(64, 48), torch.nn.Parameter(torch.randn(48, 10))
-    store = SavedTensorStore()
+    store = SavedTensorStore(min_bytes=4096)
     assert store.stats == Stats()
     with store:
         y = (x @ weight).exp()
@@ -74,7 +74,7 @@ def test_the_figures_of_one_step() -> None:
 
 
 def test_a_storage_by_reference_counts_once_however_many_views_hold_it() -> None:
-    x, store = torch.randn(64, 48), SavedTensorStore()
+    x, store = torch.randn(64, 48), SavedTensorStore(min_bytes=4096)
     weights = [torch.ones(64, 48, requires_grad=True) for _ in range(3)]
     with store:
         outputs = [weight * x for weight in weights]
@@ -124,7 +124,7 @@ def test_stats_are_a_reading() -> None:
 
 
 def test_the_report_says_who_saved_what_and_what_became_of_it() -> None:
-    store, x = SavedTensorStore(uniquify=True), torch.randn(64, 48, requires_grad=True)
+    store, x = SavedTensorStore(uniquify=True, min_bytes=4096), torch.randn(64, 48, requires_grad=True)
     with store:
         hidden = x.exp()
         signs = hidden * x.sign()
@@ -221,7 +221,7 @@ def test_each_shape_dtype_and_line_is_a_row_of_its_own() -> None:
 def test_a_store_goes_with_its_last_reference(options: dict[str, bool]) -> None:
     store = SavedTensorStore(**options)  # type: ignore[arg-type]
     with store:
-        loss = torch.randn(4096, requires_grad=True).square().sum()
+        loss = torch.randn(1 << 15, requires_grad=True).square().sum()
     loss.backward()
     del loss
     gone = weakref.ref(store)

@@ -42,7 +42,7 @@ def test_what_one_counter_saw_is_no_blind_write_to_the_other() -> None:
 def test_an_alias_with_a_counter_of_its_own_saw_the_write(uniquify: bool) -> None:
     weight, x = torch.ones(4096, requires_grad=True), (torch.arange(4096) % 3).float()
     alias, right = x.data, 3 * x
-    with SavedTensorStore(uniquify=uniquify):
+    with SavedTensorStore(uniquify=uniquify, min_bytes=4096):
         output = weight * x + weight * alias + weight * x.clone()
     x.add_(1)
     output.sum().backward()
@@ -56,7 +56,7 @@ def test_a_dtensor_that_was_changed_comes_back_as_it_was_saved() -> None:
         mesh, values = init_device_mesh("cpu", (1,)), torch.arange(4096.0) % 4
         weight = DTensor.from_local(torch.ones(4096), mesh, [Replicate()]).requires_grad_()
         x = DTensor.from_local(values.clone(), mesh, [Replicate()])
-        with SavedTensorStore(uniquify=True):
+        with SavedTensorStore(uniquify=True, min_bytes=4096):
             output = (weight * x).sum()
         x.add_(5)
         output.backward()
@@ -70,7 +70,7 @@ def test_a_late_dtensor_that_its_counter_saw_written_comes_back_as_it_was_saved(
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh, values = init_device_mesh("cpu", (1,)), torch.randn(64, 64)
-        store, other = SavedTensorStore(), torch.ones(64, 64, requires_grad=True)
+        store, other = SavedTensorStore(min_bytes=4096), torch.ones(64, 64, requires_grad=True)
 
         def sigmoid() -> Tensor:
             return DTensor.from_local(values.clone(), mesh, [Replicate()]).requires_grad_().sigmoid()
@@ -95,7 +95,7 @@ def test_a_late_dtensor_that_its_counter_saw_written_comes_back_as_it_was_saved(
 @pytest.mark.parametrize("is_dropped", [False, True])
 def test_backward_under_a_fake_mode(is_dropped: bool) -> None:
     x, weight = torch.arange(4096.0) % 4, torch.ones(4096, requires_grad=True)
-    with SavedTensorStore(uniquify=True):
+    with SavedTensorStore(uniquify=True, min_bytes=4096):
         output = (weight * x).sum()
     if is_dropped:
         del x
@@ -123,7 +123,7 @@ def test_a_storage_that_lost_its_bytes_is_no_matter() -> None:
 
 def test_what_was_dropped_comes_back_as_it_was_saved() -> None:
     x, mask = torch.randn(64, 33, requires_grad=True), (torch.rand(64, 33) > 0.5).float()
-    store = SavedTensorStore(uniquify=True)
+    store = SavedTensorStore(uniquify=True, min_bytes=4096)
     with store:
         output = x * mask
     [gradient] = torch.autograd.grad(output.sum(), x, retain_graph=True)

@@ -20,7 +20,9 @@ TIMEOUT_SECONDS = 3.0
 
 
 def sharing(*, uniquify: bool = False) -> SavedTensorStore:
-    return SavedTensorStore(shard=AllGather(timeout_seconds=TIMEOUT_SECONDS), uniquify=uniquify)
+    return SavedTensorStore(
+        shard=AllGather(timeout_seconds=TIMEOUT_SECONDS), uniquify=uniquify, min_bytes=4096
+    )
 
 
 def equal_values(num: int, *, seed: int, shape: tuple[int, ...] = (512, 512)) -> list[Tensor]:

@@ -117,6 +117,25 @@ def change_in_place(rank: int) -> None:
                 loss.backward()
 
 
+def share_what_is_not_hashed(rank: int) -> None:
+    """A codec always wins on it and no other save of this rank is equal, but another rank's is."""
+    store = SavedTensorStore(shard="shared-memory", uniquify=True, min_bytes=0)
+    for number in range(14):
+        torch.manual_seed(number)
+        x, factor = torch.ones(64, 256, requires_grad=True), torch.randn(64, 256).bfloat16().float()
+        wanted = factor.clone()
+        with store:
+            y = x * factor
+            del factor
+        dist.barrier()
+        store.report()
+        dist.barrier()
+        assert store.stats.num_by_stage == {"shared": 1}, number
+        y.sum().backward()
+        assert x.grad is not None
+        assert torch.equal(x.grad, wanted)
+
+
 def join_nowhere(rank: int) -> None:
     """A store that cannot join leaves no hooks behind."""
     with (
@@ -128,4 +147,4 @@ def join_nowhere(rank: int) -> None:
 
 
 def test_what_cannot_be_given_back_is_refused_and_who_cannot_join_is_told() -> None:
-    run_in_turn(__name__, "change_in_place", "join_nowhere", num_ranks=2)
+    run_in_turn(__name__, "change_in_place", "share_what_is_not_hashed", "join_nowhere", num_ranks=2)
