@@ -85,7 +85,7 @@ class SavedTensorStore:
         uniquify: bool | Sequence[Codec] = False,
         shard: bool | str | Sharding = False,
         group: "dist.ProcessGroup | DeviceMesh | None" = None,
-        min_bytes: int = 1 << 16,
+        min_bytes: int = 1 << 14,
     ) -> None:
         if min_bytes < 0:
             raise ValueError(f"SavedTensorStore: min_bytes is {min_bytes} bytes; give 0 or more")

@@ -23,7 +23,7 @@ def whole_way(store: SavedTensorStore) -> SavedTensorStore:
 
 CODECS: Sequence[Codec] = (*DEFAULT_CODECS, Raw())
 STORES: Mapping[str, Callable[[], SavedTensorStore]] = {
-    "defaults": SavedTensorStore,
+    "at least 4 KiB": partial(SavedTensorStore, min_bytes=4096),
     "dedupe": partial(SavedTensorStore, min_bytes=0),
     "dedupe, whole way": lambda: whole_way(SavedTensorStore(min_bytes=0)),
     "uniquify": partial(SavedTensorStore, min_bytes=0, uniquify=True),

@@ -88,7 +88,7 @@ def test_what_was_decoded_belongs_to_the_reader_alone() -> None:
     x = torch.randn(64, 48).sign()
     seen: list[Tensor] = []
     weight = torch.ones(x.shape, requires_grad=True)
-    with SavedTensorStore(uniquify=True):
+    with SavedTensorStore(uniquify=True, min_bytes=4096):
         output = Twice.apply(weight, x, seen)
     torch.autograd.grad(output.sum(), weight, retain_graph=True)
     seen[0].zero_(), seen[1].fill_(3)
