@@ -65,7 +65,7 @@ typedef struct {
     PyObject *living;   /* {identity: claim} of Python's claims: nobody else may have them */
     PyObject *held;     /* {key: Held} */
     PyTypeObject *row;
-    Py_ssize_t step, held_bytes, peak_bytes, storage_bytes, charged_bytes;
+    Py_ssize_t step, held_bytes, peak_bytes, storage_bytes;
 } Books;
 
 static int books_traverse(Books *self, visitproc visit, void *arg)
@@ -181,7 +181,6 @@ static Py_ssize_t begin(Books *self, Py_ssize_t key, Py_ssize_t num_bytes, Py_ss
     }
     if (held->num_holders > 1)
         return 0;
-    self->charged_bytes += held->num_bytes;
     if (self->held_bytes > self->peak_bytes)
         self->peak_bytes = self->held_bytes;
     return held->num_bytes;
@@ -298,7 +297,6 @@ static PyMemberDef books_members[] = {
     {"held_bytes", T_PYSSIZET, offsetof(Books, held_bytes), READONLY, "held now"},
     {"peak_bytes", T_PYSSIZET, offsetof(Books, peak_bytes), READONLY, "the most held since the step began"},
     {"storage_bytes", T_PYSSIZET, offsetof(Books, storage_bytes), READONLY, "of the storages of the step"},
-    {"charged_bytes", T_PYSSIZET, offsetof(Books, charged_bytes), READONLY, "all that was ever added"},
     {NULL},
 };
 

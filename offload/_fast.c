@@ -174,9 +174,11 @@ typedef struct {
     PyObject *records;           /* {identity: record} of the storages that were read, of StorageIndex */
     PyObject *log, *log_append;  /* of the ledger */
     PyObject *offers_append;     /* of the offers that wait */
-    PyObject *wait_for;          /* takes a late save, its row and its line */
-    Py_ssize_t min_bytes, most_lines;
-    char is_due;                 /* whether the whole way has more to do than this save */
+    PyObject *arrivals_append;   /* of the queue of saves that wait */
+    PyTypeObject *late;          /* of those */
+    PyObject *sequence_nr;       /* the number of the node that is made next */
+    Py_ssize_t min_bytes, least_bytes, most_lines;
+    Py_ssize_t room_bytes;       /* what may yet wait; negative once the whole way has more to do than its save */
 } Packer;
 
 static int packer_traverse(Packer *self, visitproc visit, void *arg)
@@ -190,7 +192,9 @@ static int packer_traverse(Packer *self, visitproc visit, void *arg)
     Py_VISIT(self->log);
     Py_VISIT(self->log_append);
     Py_VISIT(self->offers_append);
-    Py_VISIT(self->wait_for);
+    Py_VISIT(self->arrivals_append);
+    Py_VISIT(self->late);
+    Py_VISIT(self->sequence_nr);
     return 0;
 }
 
@@ -205,7 +209,9 @@ static int packer_clear(Packer *self)
     Py_CLEAR(self->log);
     Py_CLEAR(self->log_append);
     Py_CLEAR(self->offers_append);
-    Py_CLEAR(self->wait_for);
+    Py_CLEAR(self->arrivals_append);
+    Py_CLEAR(self->late);
+    Py_CLEAR(self->sequence_nr);
     return 0;
 }
 
@@ -219,16 +225,17 @@ static void packer_dealloc(Packer *self)
 static int packer_init(Packer *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"pack_whole", "tensor", "parameter", "ours", "seen", "records", "log", "offers_append",
-                            "wait_for", "min_bytes", "most_lines", NULL};
-    PyObject *whole, *tensor, *parameter, *ours, *seen, *records, *log, *offers, *wait_for;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$OO!O!O!O!O!OOOnn", names, &whole, &PyType_Type, &tensor,
+                            "arrivals", "late", "sequence_nr", "min_bytes", "least_bytes", "most_lines", NULL};
+    PyObject *whole, *tensor, *parameter, *ours, *seen, *records, *log, *offers, *arrivals, *late, *sequence_nr;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$OO!O!O!O!O!OOOO!Onnn", names, &whole, &PyType_Type, &tensor,
                                      &PyType_Type, &parameter, &PyDict_Type, &ours, &PyDict_Type, &seen,
-                                     &PyDict_Type, &records, &log, &offers, &wait_for, &self->min_bytes,
-                                     &self->most_lines))
+                                     &PyDict_Type, &records, &log, &offers, &arrivals, &PyType_Type, &late,
+                                     &sequence_nr, &self->min_bytes, &self->least_bytes, &self->most_lines))
         return -1;
     packer_clear(self);
     self->log_append = PyObject_GetAttrString(log, "append");
-    if (self->log_append == NULL)
+    self->arrivals_append = PyObject_GetAttrString(arrivals, "append");
+    if (self->log_append == NULL || self->arrivals_append == NULL)
         return -1;
     self->pack_whole = Py_NewRef(whole);
     self->tensor = (PyTypeObject *)Py_NewRef(tensor);
@@ -238,7 +245,8 @@ static int packer_init(Packer *self, PyObject *args, PyObject *kwargs)
     self->records = Py_NewRef(records);
     self->log = Py_NewRef(log);
     self->offers_append = Py_NewRef(offers);
-    self->wait_for = Py_NewRef(wait_for);
+    self->late = (PyTypeObject *)Py_NewRef(late);
+    self->sequence_nr = Py_NewRef(sequence_nr);
     return 0;
 }
 
@@ -311,31 +319,42 @@ static PyObject *new_kept(Packer *self, PyObject *tensor, Claim *claim)
     return (PyObject *)kept;
 }
 
-/* Tell the ledger of a save, and who may ask for it later; 0, or -1 and an error. */
-static int note(Packer *self, PyObject *kept, PyObject *seen)
+/* Call a function of one argument, stolen, for what it does; 0, or -1 and an error. */
+static int tell(PyObject *function, PyObject *told)
 {
-    Claim *claim = ((Kept *)kept)->claim;
-    PyObject *row = PyTuple_GET_ITEM(seen, 0), *asker = NULL, *told = NULL;
-    PyObject *line = claim == NULL ? Py_NewRef(row) : PyTuple_Pack(1, claim);
-    PyObject *none = line == NULL ? NULL : PyObject_CallOneArg(self->log_append, line);
-    Py_XDECREF(line);
-    if (none == NULL)
-        return -1;
-    Py_DECREF(none);
-    if (((Kept *)kept)->is_late) {
-        asker = self->wait_for;
-        told = PyTuple_Pack(3, kept, row, PyTuple_GET_ITEM(seen, 1));
-    }
-    else if (PyTuple_GET_ITEM(seen, 3) == Py_True) {
-        asker = self->offers_append;
-        told = Py_BuildValue("((Nn))", PyWeakref_NewRef(kept, NULL), ((Kept *)kept)->num_bytes);
-    }
-    else
-        return 0;
-    none = told == NULL ? NULL : PyObject_CallObject(asker, told);
+    PyObject *none = told == NULL ? NULL : PyObject_CallOneArg(function, told);
     Py_XDECREF(told);
     Py_XDECREF(none);
     return none == NULL ? -1 : 0;
+}
+
+/* Let a late save wait until its operator has returned, as Queue.put does; 0, or -1 and an error. */
+static int wait(Packer *self, Kept *kept, PyObject *seen)
+{
+    PyObject *fields = Py_BuildValue("((NNOOOn))", PyObject_CallNoArgs(self->sequence_nr),
+                                     PyWeakref_NewRef((PyObject *)kept, NULL), PyTuple_GET_ITEM(seen, 0),
+                                     PyTuple_GET_ITEM(seen, 1), kept->claim, kept->num_bytes);
+    PyObject *late = fields == NULL ? NULL : PyTuple_Type.tp_new(self->late, fields, NULL);
+    Py_XDECREF(fields);
+    if (late == NULL)
+        return -1;
+    Py_ssize_t num_bytes = kept->num_bytes > self->least_bytes ? kept->num_bytes : self->least_bytes;
+    self->room_bytes -= num_bytes;
+    return tell(self->arrivals_append, Py_BuildValue("(knN)", PyThread_get_thread_ident(), num_bytes, late));
+}
+
+/* Tell the ledger of a save, and who may ask for it later; 0, or -1 and an error. */
+static int note(Packer *self, Kept *kept, PyObject *seen)
+{
+    PyObject *row = PyTuple_GET_ITEM(seen, 0);
+    if (tell(self->log_append, kept->claim == NULL ? Py_NewRef(row) : PyTuple_Pack(1, kept->claim)) < 0)
+        return -1;
+    if (kept->is_late)
+        return wait(self, kept, seen);
+    if (PyTuple_GET_ITEM(seen, 3) != Py_True)
+        return 0;
+    PyObject *find = PyWeakref_NewRef((PyObject *)kept, NULL);
+    return tell(self->offers_append, Py_BuildValue("(Nn)", find, kept->num_bytes));
 }
 
 enum look { WHOLE_WAY, NEVER, LATE };
@@ -397,7 +416,7 @@ static PyObject *keep(Packer *self, PyObject *tensor)
     Claim *claim = is_param ? NULL : claim_storage(self, tensor, seen);
     if (is_param || claim != NULL)
         kept = new_kept(self, tensor, claim);
-    if (kept != NULL && note(self, kept, seen) < 0)
+    if (kept != NULL && note(self, (Kept *)kept, seen) < 0)
         Py_CLEAR(kept);
     Py_DECREF(seen);
     return kept;
@@ -406,7 +425,7 @@ static PyObject *keep(Packer *self, PyObject *tensor)
 static PyObject *packer_pack(Packer *self, PyObject *tensor)
 {
     Py_ssize_t num_lines = PyObject_Size(self->log);
-    if (!self->is_due && 0 <= num_lines && num_lines < self->most_lines) {
+    if (self->room_bytes >= 0 && 0 <= num_lines && num_lines < self->most_lines) {
         PyObject *kept = keep(self, tensor);
         if (kept != NULL)
             return kept;
@@ -425,7 +444,7 @@ static PyMethodDef packer_methods[] = {
 };
 
 static PyMemberDef packer_members[] = {
-    {"is_due", T_BOOL, offsetof(Packer, is_due), 0, "whether the whole way has more to do than the next save"},
+    {"room_bytes", T_PYSSIZET, offsetof(Packer, room_bytes), 0, "what may yet wait before the whole way is due"},
     {NULL},
 };
 
@@ -482,11 +501,13 @@ static int intern_names(void)
 
 PyMODINIT_FUNC PyInit__fast(void)
 {
-    if (intern_names() < 0 || ready_books() < 0 || PyType_Ready(&KeptType) < 0 || PyType_Ready(&PackerType) < 0)
+    if (intern_names() < 0 || ready_books() < 0 || PyType_Ready(&ReaderType) < 0 ||
+        PyType_Ready(&KeptType) < 0 || PyType_Ready(&PackerType) < 0)
         return NULL;
     PyObject *made = PyModule_Create(&module);
     if (made != NULL && (PyModule_AddObjectRef(made, "Packer", (PyObject *)&PackerType) < 0 ||
-                         PyModule_AddObjectRef(made, "Books", (PyObject *)&BooksType) < 0))
+                         PyModule_AddObjectRef(made, "Books", (PyObject *)&BooksType) < 0 ||
+                         PyModule_AddObjectRef(made, "Reader", (PyObject *)&ReaderType) < 0))
         Py_CLEAR(made);
     return made;
 }

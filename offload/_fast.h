@@ -1,4 +1,4 @@
-/* What the two files of `offload._fast` share. */
+/* What the files of `offload._fast` share. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -12,7 +12,7 @@ typedef struct {
     int is_booked; /* whether its begin is, and its end is not */
 } Claim;
 
-extern PyTypeObject ClaimType, BooksType;
+extern PyTypeObject ClaimType, BooksType, ReaderType;
 
 int ready_books(void);
 

@@ -1,5 +1,6 @@
 from collections import deque
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 from torch import Tensor
@@ -10,13 +11,24 @@ class Books:
     held_bytes: int
     peak_bytes: int
     storage_bytes: int
-    charged_bytes: int
     def __init__(self, log: deque[Any], *, row: type) -> None: ...
     def begin_step(self) -> None: ...
     def book(self) -> None: ...
 
+class Reader:
+    def __init__(
+        self,
+        *,
+        current_node: Callable[[], Any],
+        is_grad_enabled: Callable[[], bool],
+        nodes: frozenset[type],
+        running_code: CodeType | None,
+        package: str,
+    ) -> None: ...
+    def __call__(self) -> bool: ...
+
 class Packer:
-    is_due: bool
+    room_bytes: int
     def __init__(
         self,
         *,
@@ -28,7 +40,10 @@ class Packer:
         records: dict[int, Any],
         log: deque[Any],
         offers_append: Callable[[Any], None],
-        wait_for: Callable[[Any, Any, Any], None],
+        arrivals: deque[Any],
+        late: type,
+        sequence_nr: Callable[[], int],
+        least_bytes: int,
         min_bytes: int,
         most_lines: int,
     ) -> None: ...

@@ -44,7 +44,6 @@ class Books:
         self.held_bytes = 0
         self.peak_bytes = 0
         self.storage_bytes = 0
-        self.charged_bytes = 0
 
     def begin_step(self) -> None:
         """Start a new peak at what is held now, and count storages anew."""
@@ -81,7 +80,6 @@ class Books:
         held = self._hold(claim)
         if held.num_holders == 1:
             claim.added_bytes = held.num_bytes
-            self.charged_bytes += held.num_bytes
             if self.held_bytes > self.peak_bytes:
                 self.peak_bytes = self.held_bytes
         if held.step != self._step:

@@ -1,5 +1,6 @@
-"""The short way of a save by reference, and its booking: `_fast.c` and `_books.c`; None where there was no C
-compiler to install them. They change no result, only the time of a save.
+"""The short way of a save by reference, its booking, and who reads one: `_fast.c`, `_books.c`, `_reader.c`.
+
+None where there was no C compiler to install them. They change no result, only the time of a save.
 """
 
 from typing import TYPE_CHECKING
@@ -9,7 +10,8 @@ if TYPE_CHECKING:
 
 Books: "type[_fast.Books] | None"
 Packer: "type[_fast.Packer] | None"
+Reader: "type[_fast.Reader] | None"
 try:
-    from offload._fast import Books, Packer
+    from offload._fast import Books, Packer, Reader
 except ImportError:
-    Books = Packer = None
+    Books = Packer = Reader = None

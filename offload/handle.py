@@ -26,6 +26,8 @@ class Content(ABC):
     """One payload, however it is held."""
 
     __slots__ = ()
+    lent: tuple[Layout, Tensor] | None = None
+    """A tensor on the bytes of its own, with its layout, for those that only read."""
 
     @abstractmethod
     def open(self, layout: Layout, saver: int) -> Tensor:
@@ -117,17 +119,13 @@ class Encoded(Content):
         self._payload = payload
         self._start = start
         self._charge = charge
-        self.lent: tuple[Layout, Tensor] | None = None
-        """A tensor on the storage of the payload, with its layout, for those that only read."""
+        self.lent = None
 
     def open(self, layout: Layout, saver: int) -> Tensor:
         """Decode the payload and lay the tensor on it."""
         payload = self._payload
-        if not payload.can_lend or not only_reads():
-            return lay_bytes(layout, payload.decode(), start=self._start)
-        if self.lent is not None and self.lent[0] == layout:
-            return self.lent[1]
-        return lay_bytes(layout, payload.lend(), start=self._start)
+        is_lent = payload.can_lend and only_reads()
+        return lay_bytes(layout, payload.lend() if is_lent else payload.decode(), start=self._start)
 
     @property
     def is_fresh(self) -> bool:
@@ -190,7 +188,10 @@ class Handle:
 
     def open(self) -> Tensor:
         """Return the saved tensor as it was saved, or raise StaleTensorError or RankMismatchError."""
-        watch = self._entry.watch
+        watch, lent = self._entry.watch, self._entry.content.lent
+        # Here and not with the content: called between the operators of backward, with cold caches.
+        if lent is not None and watch is None and lent[0] == self._layout and only_reads():
+            return lent[1]
         written = watch.written() if watch is not None else None
         if written is not None:
             with _disable_current_modes():

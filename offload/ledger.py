@@ -32,6 +32,8 @@ class Ledger:
         self._books = fast.Books(self.log, row=Row) if fast.Books is not None else books.Books(self.log)
         self._lock = threading.RLock()
         self._is_booking = False
+        self.charged_bytes = 0
+        """All that was ever charged on its own: the difference of two readings is what came between them."""
 
     def charge(
         self, num_bytes: int, *, key: int | None = None, storage_bytes: int = 0, row: Row | None = None
@@ -40,7 +42,9 @@ class Ledger:
         whoever owns the memory owns it.
         """
         charge = Charge()
-        key = id(charge) if key is None else key
+        if key is None:
+            key = id(charge)
+            self.charged_bytes += num_bytes
         charge.claim = self.claim(charge, key=key, num_bytes=num_bytes, storage_bytes=storage_bytes, row=row)
         return charge
 
@@ -71,13 +75,6 @@ class Ledger:
         with self._lock:
             self.book()
             return self._books.held_bytes, self._books.peak_bytes
-
-    @property
-    def charged_bytes(self) -> int:
-        """All that was ever added: the difference of two readings is what was added between them."""
-        with self._lock:
-            self.book()
-            return self._books.charged_bytes
 
     @property
     def storage_bytes(self) -> int:

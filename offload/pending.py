@@ -1,8 +1,8 @@
 """Saves whose operators may still be running: they wait, each thread's in order, until they have returned."""
 
-import threading
 import weakref
 from collections import deque
+from threading import get_ident
 from typing import NamedTuple
 
 from offload.books import Claim
@@ -11,9 +11,10 @@ from offload.layout import Layout
 from offload.patience import Line
 from offload.stats import Row
 
-_BATCH_BYTES = 8 << 20
-_BATCH_SAVES = 1024
-"""Saves of so many bytes of storage, or so many of them, wait by reference before they are settled."""
+BATCH_BYTES = 8 << 20
+"""Saves of so many bytes of storage wait by reference before they are settled."""
+LEAST_BYTES = 8 << 10
+"""As which a smaller save counts: no more than a thousand wait."""
 
 
 class Pending(NamedTuple):
@@ -49,41 +50,68 @@ class Queue:
     """The saves that wait, of all threads: sequence numbers of autograd are per thread, so is the order."""
 
     def __init__(self) -> None:
-        self._mine = _Mine()
-        self.num_saves = 0
-        """Of all threads: mostly there are none, and no thread's own are looked at."""
-        self._num_bytes = 0
+        self.arrivals: deque[tuple[int, int, Pending | Late]] = deque()
+        """What came since the queue was looked at last, each with its thread and the bytes that it counts as:
+        `_fast.c` puts some here, too.
+        """
+        self._by_thread: dict[int, _Waiting] = {}
 
     def put(self, save: Pending | Late) -> None:
-        """Let a save wait."""
-        self._mine.saves.append(save)
-        self._mine.num_bytes += save.num_bytes
-        self.num_saves += 1
-        self._num_bytes += save.num_bytes
+        """Let a save of this thread wait."""
+        self.arrivals.append((get_ident(), max(save.num_bytes, LEAST_BYTES), save))
 
     def take(self, *, now: int | None) -> list[Pending | Late]:
         """Return what this thread saved under an earlier node than number `now`; all of it for None."""
-        saves, taken = self._mine.saves, list[Pending | Late]()
-        while saves and saves[0].sequence != now:
-            taken.append(saves.popleft())
-        num_bytes = sum(save.num_bytes for save in taken)
-        self._mine.num_bytes -= num_bytes
-        self.num_saves -= len(taken)
-        self._num_bytes -= num_bytes
+        self._sort()
+        mine = self._by_thread.pop(get_ident(), None)
+        if mine is None:
+            return []
+        if now is None:
+            return list(mine.saves)
+        taken = list[Pending | Late]()
+        while mine.saves and mine.saves[0].sequence != now:
+            taken.append(mine.saves.popleft())
+            mine.num_bytes -= max(taken[-1].num_bytes, LEAST_BYTES)
+        if mine.saves:
+            self._by_thread[get_ident()] = mine
         return taken
 
     @property
-    def is_due(self) -> bool:
-        """Whether there may be a batch to settle, this thread's or another's."""
-        return self._num_bytes > _BATCH_BYTES or self.num_saves > _BATCH_SAVES
+    def num_saves(self) -> int:
+        """Saves that wait, of all threads."""
+        return len(self.arrivals) + sum(len(each.saves) for each in self._by_thread.values())
+
+    @property
+    def room_bytes(self) -> int:
+        """How much more may wait before there may be a batch to settle, this thread's or another's; negative
+        once there may.
+        """
+        self._sort()
+        return BATCH_BYTES - sum(each.num_bytes for each in self._by_thread.values())
 
     @property
     def is_mine_due(self) -> bool:
         """Whether this thread has a batch to settle."""
-        return self._mine.num_bytes > _BATCH_BYTES or len(self._mine.saves) > _BATCH_SAVES
+        self._sort()
+        mine = self._by_thread.get(get_ident())
+        return (mine.num_bytes if mine is not None else 0) > BATCH_BYTES
+
+    def _sort(self) -> None:
+        arrivals, by_thread = self.arrivals, self._by_thread
+        while arrivals:
+            thread, num_bytes, save = arrivals.popleft()
+            waiting = by_thread.get(thread)
+            if waiting is None:
+                waiting = by_thread[thread] = _Waiting()
+            waiting.saves.append(save)
+            waiting.num_bytes += num_bytes
 
 
-class _Mine(threading.local):
+class _Waiting:
+    """One thread's."""
+
+    __slots__ = ("num_bytes", "saves")
+
     def __init__(self) -> None:
         self.saves: deque[Pending | Late] = deque()
         self.num_bytes = 0

@@ -4,10 +4,13 @@ bytes, everybody else gets a copy.
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.autograd import graph
+
+from offload import fast
 
 # Not every one of torch's: the backward of a recurrent network by cuDNN writes to what it saved.
 _NAMES = """
@@ -26,7 +29,7 @@ _running_code = getattr(getattr(graph, "_engine_run_backward", None), "__code__"
 _PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
 
-def only_reads() -> bool:
+def tell() -> bool:
     """Return whether the tensor that is being unpacked goes to nobody but a node that only reads it.
 
     With grad mode on (`create_graph`) a second graph would save it, so then it does not.
@@ -39,3 +42,19 @@ def only_reads() -> bool:
         frame = frame.f_back
     # A thread of the engine has no frame above the hook's.
     return frame.f_code is _running_code or frame.f_code.co_filename.startswith(_PACKAGE)
+
+
+def _teller() -> Callable[[], bool]:
+    if fast.Reader is None or _current_node is None:
+        return tell
+    return fast.Reader(
+        current_node=_current_node,
+        is_grad_enabled=torch.is_grad_enabled,
+        nodes=_NODES,
+        running_code=_running_code,
+        package=_PACKAGE,
+    )
+
+
+only_reads = _teller()
+"""As `tell`, in C where it was compiled."""

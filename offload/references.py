@@ -48,14 +48,8 @@ class References:
         kept = kept_of(alias, num_bytes=num_bytes, is_late=True)
         key = id(storage)
         kept.claim = self._ledger.claim(kept, key=key, num_bytes=num_bytes, storage_bytes=num_bytes)
-        self.wait_for(kept, row=row, line=line)
-        return kept
-
-    def wait_for(self, kept: Kept, *, row: Row, line: Line) -> None:
-        """Have a late save looked at once its operator has returned."""
-        assert kept.claim is not None
-        num_bytes = kept.claim.num_bytes
         self._queue.put(Late(_get_sequence_nr(), weakref.ref(kept), row, line, kept.claim, num_bytes))
+        return kept
 
     def charge(
         self, alias: Tensor, storage: torch.UntypedStorage, *, storage_bytes: int, row: Row | None = None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._autograd import _get_sequence_nr
 from torch.autograd.graph import saved_tensors_hooks
 
 from offload.codecs import DEFAULT_CODECS
@@ -23,6 +24,7 @@ from offload.fast import Packer
 from offload.handle import Handle, Kept
 from offload.ledger import MOST_LINES, Ledger
 from offload.patience import Line, Patience
+from offload.pending import LEAST_BYTES, Late
 from offload.report import report_text
 from offload.select import Kind, is_parameter, kind_of, plain_storage
 from offload.settle import Settler
@@ -128,11 +130,14 @@ class SavedTensorStore:
             records=self._settler.storages.records,
             log=self._ledger.log,
             offers_append=self._settler.offers.waiting.append,
-            wait_for=self._wait_for,
+            arrivals=self._settler.queue.arrivals,
+            late=Late,
+            sequence_nr=_get_sequence_nr,
+            least_bytes=LEAST_BYTES,
             min_bytes=self._min_bytes,
             most_lines=MOST_LINES,
         )
-        packer.is_due = not self._is_alone
+        packer.room_bytes = self._settler.queue.room_bytes if self._is_alone else -1
         return packer
 
     def __enter__(self) -> "SavedTensorStore":
@@ -224,15 +229,8 @@ class SavedTensorStore:
             row, line, _, _ = self._seen.get(key) or self._see(key)
             handle = settler.admit(tensor, storage, row=row, line=line)
             if self._packer is not None and self._is_alone:
-                self._packer.is_due = settler.queue.is_due
+                self._packer.room_bytes = settler.queue.room_bytes
             return handle
-
-    def _wait_for(self, kept: Kept, row: Row, line: Line) -> None:
-        """Take a late save of the short way."""
-        with self._lock:
-            self._settler.references.wait_for(kept, row=row, line=line)
-            if self._packer is not None:
-                self._packer.is_due = self._settler.queue.is_due
 
     def _pack_apart(self, tensor: Tensor) -> Kept | Distributed:
         """Pack a DTensor, or what has no plain storage."""

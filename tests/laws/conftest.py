@@ -17,4 +17,4 @@ def store(request: pytest.FixtureRequest) -> SavedTensorStore:
 def _batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settle one by one or in batches, by the test's own seed: the laws hold for both."""
     if torch.rand(()) < 0.7:
-        monkeypatch.setattr(pending, "_BATCH_BYTES", -1)
+        monkeypatch.setattr(pending, "BATCH_BYTES", -1)

@@ -97,8 +97,14 @@ def test_storages_are_counted_once_a_step_and_rows_count_every_save() -> None:
     assert ledger.storage_bytes == 0
     holders.append(hold(ledger, 1, num_bytes=12))
     assert ledger.storage_bytes == 12
-    charges = ledger.charged_bytes
-    assert charges == 12
+
+
+def test_what_is_charged_on_its_own_adds_up_and_what_has_a_key_does_not() -> None:
+    ledger = Ledger()
+    charges = [ledger.charge(12), ledger.charge(5, key=1), ledger.charge(7)]
+    assert ledger.charged_bytes == 19
+    del charges
+    assert ledger.charged_bytes == 19
 
 
 def test_a_reading_from_inside_the_collector_changes_nothing(

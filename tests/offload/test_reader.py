@@ -7,8 +7,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from offload import SavedTensorStore
+from offload import SavedTensorStore, fast, handle, reader
 from offload.part import Part
+
+
+@pytest.fixture(autouse=True, params=["compiled", "python"])
+def teller(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads is told by C, where that was compiled, and by Python."""
+    if request.param == "python":
+        monkeypatch.setattr(handle, "only_reads", reader.tell)
+    elif fast.Reader is None:
+        pytest.skip("offload/_reader.c was not compiled: no C compiler")
 
 
 @pytest.fixture

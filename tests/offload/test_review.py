@@ -130,7 +130,7 @@ def test_a_codec_that_fails_leaves_a_store_that_works() -> None:
 
 
 def test_dead_saves_do_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pending, "_BATCH_SAVES", 10)
+    monkeypatch.setattr(pending, "BATCH_BYTES", 10 * pending.LEAST_BYTES)
     weight = nn.Parameter(torch.ones(()))
     with SavedTensorStore(min_bytes=0) as store:
         for _ in range(100):

@@ -69,7 +69,7 @@ def gradients(name: str, store: SavedTensorStore | None, *, rank: int) -> list[T
 
 
 def compare(rank: int, name: str) -> None:
-    pending._BATCH_BYTES = -1
+    pending.BATCH_BYTES = -1
     for shard in (False, True):
         store = SavedTensorStore(shard=shard, uniquify=True, min_bytes=0)
         plain, ours = gradients(name, None, rank=rank), gradients(name, store, rank=rank)
@@ -85,7 +85,7 @@ def test_gradients_are_those_of_the_run_without_a_store(name: str) -> None:
 
 def step_between(rank: int) -> None:
     """A refill with other weights between forward and backward, which no version tells."""
-    pending._BATCH_BYTES = -1
+    pending.BATCH_BYTES = -1
     torch.manual_seed(0)
     model = fsdp(nn.Sequential(Clustered(dkm), Clustered(dkm)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
