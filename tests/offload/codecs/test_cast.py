@@ -1,5 +1,6 @@
 """Float32 that bfloat16 holds: with and without the compiled pass, bit for bit."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -50,3 +51,21 @@ def test_one_bit_more_is_no_bfloat16(
     # float16 may do, of a few small numbers; not of these
     assert payload is None or payload.decode().equal(bits.view(torch.uint8))
     assert payload is None
+
+
+@pytest.mark.parametrize("start", [1, 2, 3])
+def test_at_an_odd_address_c_does_not_read(start: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: int) -> bool:
+        raise AssertionError("C was to read scalars that lie across their places")
+
+    monkeypatch.setattr(cast, "upper_halves", read)
+    bits = torch.randn(3000).bfloat16().float()
+    memory = np.zeros(bits.nbytes + 4, dtype=np.uint8)
+    memory[start : start + bits.nbytes] = bits.view(torch.uint8).numpy()
+    x = torch.from_numpy(np.frombuffer(memory.data, dtype=np.float32, count=3000, offset=start))
+    assert x.data_ptr() % 4 == (memory.ctypes.data + start) % 4 != 0
+    payload = Cast().encode(
+        Block(x.view(torch.uint8), 4, 1), limit_bytes=x.nbytes, lists=IndexLists(Ledger())
+    )
+    assert payload is not None
+    assert payload.decode().equal(bits.view(torch.uint8))
