@@ -5,6 +5,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,12 +154,22 @@ def alone(rank: int, memory: str) -> None:
     assert store.stats.held_bytes == 0
 
 
+def publish_second(mine: arena.Arena, digest: bytes, flat: Tensor) -> Any:
+    """Publish nothing before another rank is at it, so that it does not find all of its bytes published."""
+    return PUBLISH(mine, digest, flat) if any(mine._folder.glob("*.part")) else None
+
+
+PUBLISH = arena.Arena.publish
+
+
 def killed(rank: int, memory: str, moment: str) -> None:
     store = sharing(memory)
     step(store, equal_values(4, seed=33))
     values = equal_values(4, seed=3)
     if rank == 1 and moment == "publish":
         arena._write_all = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    elif moment == "publish":
+        arena.Arena.publish = publish_second  # type: ignore[method-assign]
     with store:
         weights, loss = saving([value.clone() for value in values])
         if rank == 1 and moment == "forward":
