@@ -8,9 +8,11 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
+from multiprocessing import get_context
 
 import numpy
 import pytest
@@ -159,7 +161,12 @@ def compare(op: OpInfo, sample: SampleInput, *, store: SavedTensorStore, plain: 
 
 
 def sweep(dtype: torch.dtype) -> Sweep:
-    """Run every operator that can be differentiated in `dtype`, plain and under each store."""
+    """Run every operator that can be differentiated in `dtype`, plain and under each store, in a process of
+    its own.
+    """
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # what the database's own samples warn of
+    patience._NUM_LOST = 1 << 30  # all operators are called by one line, which would soon be known for no win
     seen, under = Sweep(), stores()
     seen.num_by_stage.update({name: Counter() for name in under})
     for op in op_db:
@@ -182,12 +189,9 @@ def sweep(dtype: torch.dtype) -> Sweep:
 
 @pytest.fixture(scope="module")
 def sweeps() -> dict[torch.dtype, Sweep]:
-    """Sweep once; each test below reads one side of what was seen."""
-    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
-        warnings.simplefilter("ignore")  # what the database's own samples warn of
-        # All operators are called by one line, which would soon be known for winning nothing.
-        patch.setattr(patience, "_NUM_LOST", 1 << 30)
-        return {dtype: sweep(dtype) for dtype in DTYPES}
+    """Sweep once, two dtypes at a time; each test below reads one side of what was seen."""
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
+        return dict(zip(DTYPES, processes.map(sweep, DTYPES), strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
