@@ -144,46 +144,43 @@ static int begin_living(Books *self, PyObject *claim)
     return failed ? -1 : !is_known;
 }
 
-/* Count one more holder of what `key` is the identity of; return what is held, borrowed, or NULL and an error. */
-static Held *hold(Books *self, Py_ssize_t key, Py_ssize_t num_bytes)
+/* Return what is held under `key`, borrowed, at first nothing; NULL and an error. */
+static Held *find_held(Books *self, Py_ssize_t key)
 {
     PyObject *number = PyLong_FromSsize_t(key);
     Held *held = number == NULL ? NULL : (Held *)PyDict_GetItemWithError(self->held, number);
     if (held == NULL && !PyErr_Occurred()) {
         held = PyObject_New(Held, &HeldType);
         if (held != NULL) {
-            held->num_bytes = num_bytes;
-            held->num_holders = 0;
+            held->num_bytes = held->num_holders = 0;
             held->step = -1;
             int failed = PyDict_SetItem(self->held, number, (PyObject *)held) < 0;
             Py_DECREF(held);
             if (failed)
                 held = NULL;
-            else
-                self->held_bytes += num_bytes;
         }
     }
     Py_XDECREF(number);
-    if (held != NULL)
-        held->num_holders++;
     return held;
 }
 
-/* Reckon that `key` is held; return how many bytes came to be held, or -1 and an error. */
+/* Count one more holder, of what may have grown since the last; return what came to be held, or -1 and an error. */
 static Py_ssize_t begin(Books *self, Py_ssize_t key, Py_ssize_t num_bytes, Py_ssize_t storage_bytes)
 {
-    Held *held = hold(self, key, num_bytes);
+    Held *held = find_held(self, key);
     if (held == NULL)
         return -1;
+    Py_ssize_t added_bytes = num_bytes > held->num_bytes ? num_bytes - held->num_bytes : 0;
+    held->num_bytes += added_bytes;
+    held->num_holders++;
+    self->held_bytes += added_bytes;
+    if (self->held_bytes > self->peak_bytes)
+        self->peak_bytes = self->held_bytes;
     if (held->step != self->step) {
         held->step = self->step;
         self->storage_bytes += storage_bytes;
     }
-    if (held->num_holders > 1)
-        return 0;
-    if (self->held_bytes > self->peak_bytes)
-        self->peak_bytes = self->held_bytes;
-    return held->num_bytes;
+    return added_bytes;
 }
 
 static int begin_claim(Books *self, Claim *claim)

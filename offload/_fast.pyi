@@ -21,6 +21,7 @@ class Reader:
         *,
         current_node: Callable[[], Any],
         is_grad_enabled: Callable[[], bool],
+        num_modes: Callable[[], int],
         nodes: frozenset[type],
         running_code: CodeType | None,
         package: str,

@@ -4,7 +4,7 @@
 
 typedef struct {
     PyObject_HEAD
-    PyObject *current_node, *is_grad_enabled;
+    PyObject *current_node, *is_grad_enabled, *num_modes;
     PyObject *nodes;        /* types of nodes that only read */
     PyObject *running_code; /* of the function that runs backward */
     PyObject *package;      /* how the names of this package's files begin */
@@ -14,6 +14,7 @@ static int reader_traverse(Reader *self, visitproc visit, void *arg)
 {
     Py_VISIT(self->current_node);
     Py_VISIT(self->is_grad_enabled);
+    Py_VISIT(self->num_modes);
     Py_VISIT(self->nodes);
     Py_VISIT(self->running_code);
     Py_VISIT(self->package);
@@ -24,6 +25,7 @@ static int reader_clear(Reader *self)
 {
     Py_CLEAR(self->current_node);
     Py_CLEAR(self->is_grad_enabled);
+    Py_CLEAR(self->num_modes);
     Py_CLEAR(self->nodes);
     Py_CLEAR(self->running_code);
     Py_CLEAR(self->package);
@@ -39,14 +41,16 @@ static void reader_dealloc(Reader *self)
 
 static int reader_init(Reader *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"current_node", "is_grad_enabled", "nodes", "running_code", "package", NULL};
-    PyObject *current_node, *is_grad_enabled, *nodes, *running_code, *package;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$OOO!OU", names, &current_node, &is_grad_enabled,
-                                     &PyFrozenSet_Type, &nodes, &running_code, &package))
+    static char *names[] = {"current_node", "is_grad_enabled", "num_modes", "nodes", "running_code",
+                            "package", NULL};
+    PyObject *current_node, *is_grad_enabled, *num_modes, *nodes, *running_code, *package;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$OOOO!OU", names, &current_node, &is_grad_enabled,
+                                     &num_modes, &PyFrozenSet_Type, &nodes, &running_code, &package))
         return -1;
     reader_clear(self);
     self->current_node = Py_NewRef(current_node);
     self->is_grad_enabled = Py_NewRef(is_grad_enabled);
+    self->num_modes = Py_NewRef(num_modes);
     self->nodes = Py_NewRef(nodes);
     self->running_code = Py_NewRef(running_code);
     self->package = Py_NewRef(package);
@@ -60,6 +64,11 @@ static int is_known_node(Reader *self)
     Py_XDECREF(is_enabled); /* a bool: it lives on */
     if (is_enabled != Py_False)
         return is_enabled == NULL ? -1 : 0;
+    PyObject *num_modes = PyObject_CallNoArgs(self->num_modes); /* a mode gets what a node hands to its operators */
+    Py_ssize_t num = num_modes == NULL ? -1 : PyLong_AsSsize_t(num_modes);
+    Py_XDECREF(num_modes);
+    if (num != 0)
+        return num < 0 ? -1 : 0;
     PyObject *node = PyObject_CallNoArgs(self->current_node);
     int is_known = node == NULL ? -1 : PySet_Contains(self->nodes, (PyObject *)Py_TYPE(node));
     Py_XDECREF(node);

@@ -27,8 +27,8 @@ class _Held:
 
     __slots__ = ("num_bytes", "num_holders", "step")
 
-    def __init__(self, num_bytes: int) -> None:
-        self.num_bytes = num_bytes
+    def __init__(self) -> None:
+        self.num_bytes = 0
         self.num_holders = 0
         self.step = -1
 
@@ -77,24 +77,25 @@ class Books:
 
     def _begin(self, claim: Claim) -> None:
         self.living[id(claim)] = claim
-        held = self._hold(claim)
-        if held.num_holders == 1:
-            claim.added_bytes = held.num_bytes
-            if self.held_bytes > self.peak_bytes:
-                self.peak_bytes = self.held_bytes
+        claim.added_bytes = self._hold(claim)
+        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+        held = self.held[claim.key]
         if held.step != self._step:
             held.step = self._step
             self.storage_bytes += claim.storage_bytes
         if claim.row is not None:
             claim.row.count("reference", kept_bytes=claim.added_bytes)
 
-    def _hold(self, claim: Claim) -> _Held:
+    def _hold(self, claim: Claim) -> int:
+        """Count one more holder, of what may have grown since the last; return what came to be held."""
         held = self.held.get(claim.key)
         if held is None:
-            held = self.held[claim.key] = _Held(claim.num_bytes)
-            self.held_bytes += claim.num_bytes
+            held = self.held[claim.key] = _Held()
+        added_bytes = max(claim.num_bytes - held.num_bytes, 0)
+        held.num_bytes += added_bytes
+        self.held_bytes += added_bytes
         held.num_holders += 1
-        return held
+        return added_bytes
 
     def _end(self, key: int) -> None:
         held = self.held.get(key)

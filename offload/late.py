@@ -54,5 +54,5 @@ def _enter_anew(
 
 
 def _hand_over(kept: Kept, late: Late, handle: Handle, ledger: Ledger) -> None:
+    ledger.end(late.claim)  # first: an interrupt in between leaves an end that comes twice, and not none
     kept.hold(handle)
-    ledger.end(late.claim)

@@ -76,6 +76,12 @@ class Queue:
             self._by_thread[get_ident()] = mine
         return taken
 
+    def take_left(self) -> list[Pending | Late]:
+        """Return what any thread saved, once none is inside: the engine's threads never leave a context."""
+        self._sort()
+        left, self._by_thread = self._by_thread, {}
+        return [save for each in left.values() for save in each.saves]
+
     @property
     def num_saves(self) -> int:
         """Saves that wait, of all threads."""
@@ -84,10 +90,10 @@ class Queue:
     @property
     def room_bytes(self) -> int:
         """How much more may wait before there may be a batch to settle, this thread's or another's; negative
-        once there may.
+        once there is one.
         """
         self._sort()
-        return BATCH_BYTES - sum(each.num_bytes for each in self._by_thread.values())
+        return BATCH_BYTES - max((each.num_bytes for each in self._by_thread.values()), default=0)
 
     @property
     def is_mine_due(self) -> bool:

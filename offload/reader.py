@@ -25,6 +25,7 @@ _NODES = frozenset(
 """The types of the nodes, by identity: a node of somebody else's C++ may have any name."""
 
 _current_node = getattr(torch._C, "_current_autograd_node", None)  # private; without it everybody gets a copy
+_num_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _running_code = getattr(getattr(graph, "_engine_run_backward", None), "__code__", None)
 _PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
@@ -35,6 +36,8 @@ def tell() -> bool:
     With grad mode on (`create_graph`) a second graph would save it, so then it does not.
     """
     if _current_node is None or torch.is_grad_enabled() or type(_current_node()) not in _NODES:
+        return False
+    if _num_modes():  # a mode gets what the node hands to its operators
         return False
     # While such a node runs, a mode's Python may look at what another one saved.
     frame = sys._getframe(1)
@@ -50,6 +53,7 @@ def _teller() -> Callable[[], bool]:
     return fast.Reader(
         current_node=_current_node,
         is_grad_enabled=torch.is_grad_enabled,
+        num_modes=_num_modes,
         nodes=_NODES,
         running_code=_running_code,
         package=_PACKAGE,

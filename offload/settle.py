@@ -24,9 +24,10 @@ from offload.dedupe import ContentIndex, StorageIndex
 from offload.digest import digest_of
 from offload.handle import Content, Encoded, Entry, Handle, Kept, Reference
 from offload.late import enter
-from offload.layout import Layout, block_of, flat_of, lift
+from offload.layout import Layout, block_of, lift
 from offload.ledger import Ledger
 from offload.offers import Offers
+from offload.own import take_over
 from offload.patience import Line
 from offload.pending import Late, Pending, Queue, leave
 from offload.references import References
@@ -64,6 +65,8 @@ class Settler:
 
     def begin_step(self) -> None:
         """Start counting storages and the peak anew, and look which ranks there are."""
+        for save in self.queue.take_left():
+            leave(save)
         self.storages.begin_step()
         self._lists.tensors.begin_step()
         self.sharer.begin_step()
@@ -196,7 +199,9 @@ class Settler:
         # What nobody else has keeps its bytes, which plain autograd would read: no earlier hash is needed.
         entry.line.is_sole = reference.seal()
         if entry.line.is_sole and self._is_all_its_own(entry.line):
-            return self._encode_unread(entry, reference, layout)
+            stage = self._encode_unread(entry, reference, layout)
+            if stage is not None:
+                return stage
         if entry.line.is_sole:
             entry.digest = digest_of(source)
         if entry.digest is None:
@@ -216,14 +221,17 @@ class Settler:
         """Whether a codec is sure to win on a save of the line, and no other save is likely to be equal."""
         return line.codec is not None and line.encoding.is_winning and not line.matching.is_worth_trying()
 
-    def _encode_unread(self, entry: Entry, reference: Reference, layout: Layout) -> str:
-        """Encode what nobody else has, without a hash by which to find it."""
+    def _encode_unread(self, entry: Entry, reference: Reference, layout: Layout) -> str | None:
+        """Encode what nobody else has, without a hash to find it by; None where no codec wins."""
         encoded = self._encode(reference.source, layout, entry.line)
-        if encoded is not None:
+        if encoded is None:
+            return None
+        if reference.is_sealed:
             entry.own(encoded[1], watch=None)
             if reference.is_sealed:
                 return encoded[0]
-            entry.own(reference, watch=None)  # another thread got the storage meanwhile
+        entry.own(reference, watch=None)  # another thread got the storage meanwhile
+        entry.digest = None
         return "reference"
 
     def _own_bytes(
@@ -258,7 +266,7 @@ class Settler:
         if watch is not None:
             copy = self._copy(theirs, layout)
         else:
-            copy = self._take_over(reference, digest=digest if was_sealed else None)
+            copy = take_over(reference, digest=digest if was_sealed else None)
         # One hash: they still had these bytes, and no other thread wrote while they were copied.
         if any(part.digest != digest for part in copy.parts):
             return None
@@ -289,12 +297,3 @@ class Settler:
         block, start = block_of(source, layout, whole_storage=self._dedupe)
         charge = self._ledger.charge(block.num_bytes)
         return Encoded(RawPayload(block.flat.clone()), start=start, charge=charge)
-
-    def _take_over(self, reference: Reference, *, digest: bytes | None) -> Encoded:
-        """Return the storage of a reference as a payload, which nobody else has; `digest` is that of its
-        bytes, where it is known.
-        """
-        source = reference.source
-        taken = Encoded(RawPayload(flat_of(source), digest=digest), start=0, charge=reference.charge)
-        taken.lent = (lift(source)[0], source) if type(source) is Tensor else None
-        return taken

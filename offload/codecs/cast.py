@@ -96,7 +96,7 @@ def _cast(lanes: Tensor, wide: torch.dtype, narrow: torch.dtype) -> Tensor | Non
     # Memory of numpy's may lie at an odd address, where C may not read whole scalars.
     is_near = lanes.device.type == "cpu" and lanes.data_ptr() % lanes.element_size() == 0
     if narrow == torch.bfloat16 and upper_halves is not None and is_near:
-        small = torch.empty(lanes.shape, dtype=narrow)
+        small = torch.empty(lanes.shape, dtype=narrow, device=lanes.device)
         return small if upper_halves(lanes.data_ptr(), small.data_ptr(), small.numel()) else None
     small = lanes.view(wide).to(narrow)
     return small if same_bytes(small.to(wide).view(lanes.dtype), lanes) else None

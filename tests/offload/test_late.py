@@ -247,3 +247,25 @@ def test_a_reader_meanwhile_keeps_an_unread_one_by_reference(monkeypatch: pytest
     y.sum().backward()
     assert x.grad is not None
     assert bool((x.grad == 3).all())  # as plain autograd reads it
+
+
+@pytest.mark.parametrize("dedupe", [True, False])
+def test_what_no_codec_wins_on_is_held_as_on_a_line_where_none_ever_did(dedupe: bool) -> None:
+    """On a line whose codec mostly wins, and which is not hashed for that."""
+    store, num = SavedTensorStore(uniquify=True, dedupe=dedupe), 1 << 15
+    weight, hard = torch.ones(num, requires_grad=True), torch.randn(num)
+
+    def save(value: Tensor) -> Tensor:
+        return weight * value.clone()
+
+    for _ in range(24):
+        with store:
+            easy = save(torch.randint(0, 3, (num,)).float())
+        del easy
+    with store:
+        outs = [save(hard) for _ in range(4)]
+    stages = {"reference": 1, "content": 3} if dedupe else {"copy": 4}
+    assert store.stats.num_by_stage == stages
+    assert store.stats.held_bytes == hard.nbytes * (1 if dedupe else 4)
+    sum(outs).sum().backward()  # type: ignore[union-attr]
+    assert torch.equal(weight.grad, sum([hard] * 4))  # type: ignore[arg-type]

@@ -195,3 +195,15 @@ def interrupting(number: int) -> Callable[..., object]:
         return trace
 
     return trace
+
+
+def test_what_grew_between_two_holders_is_held_as_it_is() -> None:
+    ledger = Ledger()
+    first = hold(ledger, 1, num_bytes=12)
+    second = hold(ledger, 1, num_bytes=40)
+    assert ledger.read() == (40, 40)
+    del first
+    ledger.begin_step()
+    assert ledger.read() == (40, 40)
+    del second
+    assert ledger.read() == (0, 40)

@@ -74,3 +74,6 @@ def test_another_threads_batch_leaves_no_room_and_is_not_this_ones() -> None:
     thread.start()
     thread.join()
     assert (queue.room_bytes, queue.is_mine_due) == (-BATCH_BYTES, False)
+    assert queue.take(now=None) == []
+    assert [save.sequence for save in queue.take_left()] == [1]
+    assert (queue.room_bytes, queue.num_saves) == (BATCH_BYTES, 0)

@@ -154,3 +154,27 @@ def test_views_of_what_is_lent_come_back_as_they_were() -> None:
             assert all(map(torch.equal, found, wanted))
         del saved
         assert store.stats.held_bytes == 0
+
+
+class Zeroes(TorchDispatchMode):
+    """Writes to the first operand of each product, which is what a node saved."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        if op is torch.ops.aten.mm.default:
+            for each in args:
+                each.zero_()
+        return out
+
+
+def test_a_mode_that_writes_to_operands_writes_to_no_equal_save() -> None:
+    weight = torch.randn(64, 64, requires_grad=True)
+    y = equal_products(SavedTensorStore(min_bytes=4096), weight)
+    with Zeroes():
+        y.backward(torch.ones_like(y), retain_graph=True)
+    twin = weight.detach().requires_grad_()
+    x = torch.linspace(-1, 1, 256 * 64).view(256, 64)
+    z = x.clone() @ twin + x.clone() @ twin + x.clone() @ twin
+    with Zeroes():
+        z.backward(torch.ones_like(z))
+    assert torch.equal(weight.grad, twin.grad)  # type: ignore[arg-type]

@@ -69,3 +69,13 @@ def test_at_an_odd_address_c_does_not_read(start: int, monkeypatch: pytest.Monke
     )
     assert payload is not None
     assert payload.decode().equal(bits.view(torch.uint8))
+
+
+def test_a_default_device_is_not_where_the_smaller_scalars_go() -> None:
+    bits = torch.randn(3000).bfloat16().float()
+    with torch.device("meta"):
+        payload = Cast().encode(
+            Block(bits.view(torch.uint8), 4, 1), limit_bytes=bits.nbytes, lists=IndexLists(Ledger())
+        )
+    assert payload is not None
+    assert payload.decode().equal(bits.view(torch.uint8))
