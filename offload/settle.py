@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from offload.codecs.base import Codec
 from offload.codecs.choose import encode_best
 from offload.codecs.index_list import IndexLists
-from offload.codecs.raw import RawPayload
 from offload.codecs.tensor_keyed import TensorKeyed
 from offload.dedupe import ContentIndex, StorageIndex
 from offload.digest import digest_of
@@ -27,7 +26,7 @@ from offload.late import enter
 from offload.layout import Layout, block_of, lift
 from offload.ledger import Ledger
 from offload.offers import Offers
-from offload.own import take_over
+from offload.own import copy_of, take_over
 from offload.patience import Line
 from offload.pending import Late, Pending, Queue, leave
 from offload.references import References
@@ -198,7 +197,8 @@ class Settler:
         source = reference.source
         # What nobody else has keeps its bytes, which plain autograd would read: no earlier hash is needed.
         entry.line.is_sole = reference.seal()
-        if entry.line.is_sole and self._is_all_its_own(entry.line):
+        is_unread = entry.line.is_sole and self._is_all_its_own(entry.line)
+        if is_unread:
             stage = self._encode_unread(entry, reference, layout)
             if stage is not None:
                 return stage
@@ -206,7 +206,7 @@ class Settler:
             entry.digest = digest_of(source)
         if entry.digest is None:
             return "reference"
-        stage, content = self._own_bytes(entry.digest, source, layout, entry.line)
+        stage, content = self._own_bytes(entry.digest, source, layout, entry.line, is_declined=is_unread)
         entry.line.matching.learn(won=stage == "content")
         if content is not None and not reference.is_sealed and digest_of(source) != entry.digest:
             entry.follows, content = True, None
@@ -235,16 +235,20 @@ class Settler:
         return "reference"
 
     def _own_bytes(
-        self, digest: bytes, source: Tensor, layout: Layout, line: Line
+        self, digest: bytes, source: Tensor, layout: Layout, line: Line, *, is_declined: bool
     ) -> tuple[str, Content | None]:
         """Return bytes apart from the storage and the stage that has them; None where a reference will do."""
         shared = self._find_content(digest, source, layout) if self._dedupe else None
         if shared is not None:
             return "content", shared
-        encoded = self._encode(source, layout, line)
+        encoded = self._encode(source, layout, line) if not is_declined else None
         if encoded is not None:
             return encoded
-        return ("reference", None) if self._dedupe else ("copy", self._copy(source, layout))
+        return (
+            ("reference", None)
+            if self._dedupe
+            else ("copy", copy_of(source, layout, whole_storage=False, ledger=self._ledger))
+        )
 
     def _find_content(self, digest: bytes, source: Tensor, layout: Layout) -> Content | None:
         """Return the content of a living entry with the same bytes; one kept by reference takes a copy of its
@@ -264,7 +268,7 @@ class Settler:
         reference, watch = known.content, known.content.watch(digest)
         was_sealed = reference.is_sealed
         if watch is not None:
-            copy = self._copy(theirs, layout)
+            copy = copy_of(theirs, layout, whole_storage=True, ledger=self._ledger)
         else:
             copy = take_over(reference, digest=digest if was_sealed else None)
         # One hash: they still had these bytes, and no other thread wrote while they were copied.
@@ -292,8 +296,3 @@ class Settler:
             line.others.learn(won=found[0] != line.codec)
         line.codec, payload = found
         return line.codec, Encoded(payload, start=start, charge=self._ledger.charge(payload.num_bytes))
-
-    def _copy(self, source: Tensor, layout: Layout) -> Encoded:
-        block, start = block_of(source, layout, whole_storage=self._dedupe)
-        charge = self._ledger.charge(block.num_bytes)
-        return Encoded(RawPayload(block.flat.clone()), start=start, charge=charge)
